@@ -1,0 +1,28 @@
+"""Short architecture names: ``cpu``, ``sm90``, ``gfx942`` ..., never marketing names."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def arch_of(device: torch.device | str) -> str:
+    """Return the architecture name of a device.
+
+    CUDA devices give ``sm<major><minor>``, ROCm devices the part of ``gcnArchName`` before the
+    first colon, and every other device its type.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return device.type
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _gpu_arch(index)
+
+
+@functools.cache
+def _gpu_arch(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":", maxsplit=1)[0]
+    return f"sm{properties.major}{properties.minor}"

@@ -1,0 +1,90 @@
+"""The contract of a backend: one frozen descriptor, imported without loading any kernel."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from mla_core.errors import BackendUnavailableError
+from mla_core.problem import Capability
+
+#: Version of the descriptor and of the op signatures; a backend built for another one is refused.
+API_VERSION = 1
+
+ENTRY_POINT_GROUP = "mla_core.backends"
+
+
+def always_available(arch: str) -> None:
+    """Probe of a backend that runs anywhere."""
+    del arch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Backend:
+    """What a distribution registers in the entry-point group ``mla_core.backends``.
+
+    Parameters
+    ----------
+    name : str
+        Must equal the entry point's name.
+    priority : int
+        Automatic choice prefers the higher number: reference 0, triton 50, asm 100.
+    capabilities : tuple of Capability
+        May be empty: the backend is then listed, and offers nothing.
+    ops : mapping of str to str
+        Op name to ``"package.module:function"``, imported at first use. For each op of the
+        capabilities there is one function; ``decode`` also needs ``plan_decode``. The signatures
+        are those of ``docs/howto/add-a-backend``.
+    probe : callable
+        ``probe(arch)`` raises `BackendUnavailableError` with a reason when this machine lacks
+        something. Cheap, and creates no device context.
+    description : str
+        One sentence for ``mla backends``.
+    """
+
+    name: str
+    priority: int
+    capabilities: tuple[Capability, ...]
+    ops: Mapping[str, str]
+    probe: Callable[[str], None] = always_available
+    description: str = ""
+    api_version: int = API_VERSION
+    _loaded: dict[str, Callable[..., Any]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        """Freeze ``ops`` and check that every capability has a function behind it."""
+        object.__setattr__(self, "ops", MappingProxyType(dict(self.ops)))
+        offered = {capability.op for capability in self.capabilities}
+        needed = offered | ({"plan_decode"} if "decode" in offered else set())
+        if missing := sorted(needed - self.ops.keys()):
+            raise BackendUnavailableError(
+                f"Backend: ops of {self.name!r} must name a function for each op of its "
+                f"capabilities, missing {', '.join(missing)}"
+            )
+
+    def load(self, op: str) -> Callable[..., Any]:
+        """Import and return the function behind an op, keeping it for the next call."""
+        function = self._loaded.get(op)
+        if function is None:
+            function = self._loaded[op] = self._import(op)
+        return function
+
+    def _import(self, op: str) -> Callable[..., Any]:
+        try:
+            module_name, _, attribute = self.ops[op].partition(":")
+        except KeyError:
+            raise BackendUnavailableError(
+                f"backend {self.name!r}: op must be one of {', '.join(self.ops)}, got {op!r}"
+            ) from None
+        try:
+            function: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as exc:
+            raise BackendUnavailableError(
+                f"backend {self.name!r}: cannot load {op} from {self.ops[op]!r}: {exc}"
+            ) from exc
+        return function

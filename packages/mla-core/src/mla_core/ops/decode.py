@@ -1,0 +1,266 @@
+"""Dense decode over a paged latent cache."""
+
+from __future__ import annotations
+
+import torch
+
+from mla_core import env, registry
+from mla_core.arch import arch_of
+from mla_core.batch import PagedKV
+from mla_core.cache import LatentCache
+from mla_core.checks import check_live_rows, check_tensor
+from mla_core.dtypes import dtype_name, torch_dtype
+from mla_core.errors import LayoutError
+from mla_core.ops import library
+from mla_core.ops.arguments import check_q_scale, check_queries, check_sink, outputs
+from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, build_plan
+from mla_core.problem import Problem
+
+
+def decode(
+    ql_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv: PagedKV,
+    plan: DecodePlan,
+    *,
+    sm_scale: float,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    return_lse: bool = False,
+    sink: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
+    global_kv_lens: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend each query token to its request's paged latent cache (absorbed, MQA form).
+
+    ``out[t] = softmax(sm_scale * (ql_nope[t] @ kv_c.T + q_pe[t] @ k_pe.T)) @ kv_c``
+
+    Parameters
+    ----------
+    ql_nope : [total_q, num_heads, kv_lora_rank], dtype of the plan, last dim contiguous
+        Query after absorbing W_UK.
+    q_pe : [total_q, num_heads, qk_rope_head_dim], like ``ql_nope``
+        Rotated query part; width 0 for models without rope.
+    kv : PagedKV
+        The batch the plan was made for, or another of the same size and layout.
+    plan : DecodePlan
+    sm_scale : float
+        Multiplies raw scores; ``dims.sm_scale`` (times YaRN's mscale squared) for released models.
+    out : [total_q, num_heads, value_dim], bf16, fp16 or fp32, optional
+    lse : [total_q, num_heads], fp32, optional
+        Giving it implies ``return_lse``.
+    sink : [num_heads], fp32, optional
+        Extra logit per head with a zero value; the plan must have been made with ``has_sink``.
+    q_scale : [1], fp32, optional
+        Dequantisation factor of fp8 queries.
+    global_kv_lens : [batch_size], int32, optional
+        Lengths over all ranks; required with, and only with, round-robin context parallelism.
+
+    Returns
+    -------
+    out : dtype of ``ql_nope``, bf16 for fp8 queries
+    lse : only with ``return_lse``; natural log, -inf (and ``out`` 0) for a row that sees nothing
+
+    Raises
+    ------
+    LayoutError
+        A tensor disagrees with ``plan``; the message names it.
+
+    Notes
+    -----
+    Reads ``latent_dim`` elements per cached token. No host sync and no allocation when ``out``
+    (and ``lse``, if wanted) are given, except on the ``reference`` backend.
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; absorption as in its appendix C.
+
+    Examples
+    --------
+    >>> import torch, mla_core
+    >>> dims = mla_core.MLADims(num_heads=16)
+    >>> cache = mla_core.LatentCache.allocate("fp32", dims, num_pages=4, page_size=16)
+    >>> slots = torch.arange(20)
+    >>> mla_core.write_kv_cache(torch.randn(20, 512), torch.randn(20, 64), cache, slots)
+    >>> table = torch.tensor([[0, 1]], dtype=torch.int32)
+    >>> lens = torch.tensor([20], dtype=torch.int32)
+    >>> kv = mla_core.PagedKV.from_block_table(cache, table, lens)
+    >>> qo_indptr = torch.tensor([0, 1], dtype=torch.int32)
+    >>> plan = mla_core.plan_decode(dims, qo_indptr, kv, q_dtype=torch.float32)
+    >>> q = torch.randn(1, 16, 576)
+    >>> mla_core.decode(q[..., :512], q[..., 512:], kv, plan, sm_scale=dims.sm_scale).shape
+    torch.Size([1, 16, 512])
+    """
+    _check(ql_nope, q_pe, kv, plan, sink, q_scale, global_kv_lens)
+    out_shape = (ql_nope.shape[0], ql_nope.shape[1], plan.dims.value_dim)
+    out, lse = outputs("decode", ql_nope, out_shape, out, lse, return_lse)
+    if torch.compiler.is_compiling():
+        request, options = plan.request, plan.options
+        torch.ops.mla.decode(
+            ql_nope,
+            q_pe,
+            *library.flatten_cache(kv.cache),
+            kv.kv_indptr,
+            kv.kv_page_indices,
+            kv.kv_last_page_len,
+            plan.qo_indptr,
+            sink,
+            q_scale,
+            global_kv_lens,
+            sm_scale,
+            plan.backend,
+            sorted(request.problem.features),
+            [request.max_seqlen_q, request.max_seqlen_k, plan.num_kv_splits],
+            [options.causal, options.window or 0, options.cp_world_size, options.cp_rank],
+            options.softcap,
+            out,
+            lse,
+        )
+    else:
+        if env.flag("MLA_CHECK"):
+            kv.check_values()
+            check_live_rows("decode", kv.cache, kv.token_slots().flatten())
+        plan.run(
+            ql_nope,
+            q_pe,
+            kv,
+            plan,
+            sm_scale=sm_scale,
+            out=out,
+            lse=lse,
+            sink=sink,
+            q_scale=q_scale,
+            global_kv_lens=global_kv_lens,
+        )
+    return out if lse is None else (out, lse)
+
+
+def _check(
+    ql_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv: PagedKV,
+    plan: DecodePlan,
+    sink: torch.Tensor | None,
+    q_scale: torch.Tensor | None,
+    global_kv_lens: torch.Tensor | None,
+) -> None:
+    request, problem = plan.request, plan.request.problem
+    device = kv.cache.device
+    check_queries("decode", ql_nope, q_pe, problem.dims, torch_dtype(problem.q_dtype), device)
+    if ql_nope.shape[0] != request.total_q:
+        raise LayoutError(
+            f"decode: ql_nope must have total_q={request.total_q} rows like the plan, "
+            f"got shape {tuple(ql_nope.shape)}"
+        )
+    for name, got, planned in (
+        ("batch_size", kv.batch_size, request.batch_size),
+        ("page_size", kv.page_size, problem.page_size),
+        ("layout", kv.cache.layout.family, problem.layout),
+        ("kv_dtype", kv.cache.layout.kv_dtype, problem.kv_dtype),
+    ):
+        if got != planned:
+            raise LayoutError(
+                f"decode: kv must have {name}={planned} like the plan, got {got}; plan again"
+            )
+    if (sink is not None) != ("sink" in problem.features):
+        wanted = "given" if sink is None else "None"
+        raise LayoutError(
+            f"decode: sink must be {wanted} to match the plan's has_sink={sink is None}, "
+            f"got {'None' if sink is None else tuple(sink.shape)}"
+        )
+    check_sink("decode", sink, problem.dims.num_heads, device)
+    check_q_scale("decode", ql_nope, q_scale)
+    if (global_kv_lens is not None) != (plan.options.cp_world_size > 1):
+        raise LayoutError(
+            "decode: global_kv_lens must be given if and only if the plan has cp_world_size > 1, "
+            f"got {'None' if global_kv_lens is None else tuple(global_kv_lens.shape)} with "
+            f"cp_world_size={plan.options.cp_world_size}"
+        )
+    if global_kv_lens is not None:
+        shape, int32 = (kv.batch_size,), (torch.int32,)
+        check_tensor(
+            "decode", "global_kv_lens", global_kv_lens, shape=shape, dtypes=int32, device=device
+        )
+
+
+def _run_flat(
+    ql_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    buffers: list[torch.Tensor],
+    kv_scale: torch.Tensor | None,
+    layout: str,
+    dims: list[int],
+    page_size: int,
+    kv_indptr: torch.Tensor,
+    kv_page_indices: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    sink: torch.Tensor | None,
+    q_scale: torch.Tensor | None,
+    global_kv_lens: torch.Tensor | None,
+    sm_scale: float,
+    backend: str,
+    features: list[str],
+    limits: list[int],
+    mask: list[int],
+    softcap: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Rebuild the containers of a compiled call and run the planned backend."""
+    cache: LatentCache = library.restore_cache(buffers, kv_scale, layout, dims, page_size)
+    kv = PagedKV(cache, kv_indptr, kv_page_indices, kv_last_page_len)
+    causal, window, cp_world_size, cp_rank = mask
+    options = AttentionOptions(bool(causal), window or None, softcap, cp_world_size, cp_rank)
+    max_seqlen_q, max_seqlen_k, num_kv_splits = limits
+    problem = Problem(
+        op="decode",
+        arch=arch_of(out.device),
+        q_dtype=dtype_name(ql_nope.dtype),
+        kv_dtype=cache.layout.kv_dtype,
+        dims=cache.dims.with_heads(ql_nope.shape[1]),
+        layout=cache.layout.family,
+        page_size=page_size,
+        q_len=max(max_seqlen_q, 1),
+        features=frozenset(features),
+    )
+    request = PlanRequest(
+        problem=problem,
+        options=options,
+        batch_size=kv.batch_size,
+        total_q=ql_nope.shape[0],
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        total_pages=kv_page_indices.numel(),
+        num_kv_splits=num_kv_splits,
+        device_index=out.device.index if out.device.type == "cuda" else -1,
+    )
+    plan = build_plan(request, registry.record(backend).require(), qo_indptr)
+    plan.run(
+        ql_nope,
+        q_pe,
+        kv,
+        plan,
+        sm_scale=sm_scale,
+        out=out,
+        lse=lse,
+        sink=sink,
+        q_scale=q_scale,
+        global_kv_lens=global_kv_lens,
+    )
+
+
+def _fake(ql_nope: torch.Tensor, *arguments: object) -> None:
+    out, lse = arguments[-2:]
+    assert isinstance(out, torch.Tensor)
+    torch._check(out.shape[:2] == ql_nope.shape[:2])
+    if isinstance(lse, torch.Tensor):
+        torch._check(lse.shape == ql_nope.shape[:2])
+
+
+library.define(
+    "decode",
+    f"(Tensor ql_nope, Tensor q_pe, {library.CACHE_SCHEMA}, Tensor kv_indptr, "
+    "Tensor kv_page_indices, Tensor kv_last_page_len, Tensor qo_indptr, Tensor? sink, "
+    "Tensor? q_scale, Tensor? global_kv_lens, float sm_scale, str backend, str[] features, "
+    "SymInt[] limits, int[] mask, float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    _run_flat,
+    _fake,
+)

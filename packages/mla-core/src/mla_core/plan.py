@@ -1,0 +1,317 @@
+"""Planning a decode step: which backend, which kernel, how many splits, which workspaces.
+
+Planning may read lengths on the host. Running never does: a `DecodePlan` holds plain numbers and
+preallocated buffers, and kernels read every length from device memory. A CUDA graph captured with
+a plan therefore stays valid while the contents of ``qo_indptr``, ``kv_indptr``,
+``kv_page_indices`` and ``kv_last_page_len`` change in place, as long as no request exceeds the
+plan's ``max_seqlen_q``. (``max_seqlen_k`` only guides the split count: longer requests stay right.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from mla_core.arch import arch_of
+from mla_core.backend import Backend
+from mla_core.batch import PagedKV, check_qo_indptr
+from mla_core.dims import MLADims
+from mla_core.dtypes import FP8_DTYPES, dtype_name
+from mla_core.errors import LayoutError
+from mla_core.logs import event
+from mla_core.problem import Problem
+from mla_core.select import Choice, select
+
+MAX_KV_SPLITS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """Which keys a query sees and how its scores are shaped.
+
+    Parameters
+    ----------
+    causal : bool
+        Bottom-right aligned: query ``i`` of ``q_len`` sees ``j < kv_len - (q_len - 1 - i)``.
+    window : int, optional
+        A query at position ``p`` sees only ``p - window < j <= p``.
+    softcap : float
+        0 for none; else scores become ``softcap * tanh(score / softcap)``.
+    cp_world_size, cp_rank : int
+        Round-robin context parallelism: local key ``j`` is global key ``j * world_size + rank``.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    softcap: float = 0.0
+    cp_world_size: int = 1
+    cp_rank: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values no kernel can mean."""
+        if self.window is not None and self.window < 1:
+            raise LayoutError(f"AttentionOptions: window must be None or >= 1, got {self.window}")
+        if self.window is not None and not self.causal:
+            raise LayoutError("AttentionOptions: window must be None when causal is False")
+        if self.softcap < 0:
+            raise LayoutError(f"AttentionOptions: softcap must be >= 0, got {self.softcap}")
+        if not 0 <= self.cp_rank < self.cp_world_size:
+            raise LayoutError(
+                f"AttentionOptions: cp_rank must be in 0..cp_world_size - 1 with cp_world_size >= 1,"
+                f" got cp_rank={self.cp_rank}, cp_world_size={self.cp_world_size}"
+            )
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The feature words of a problem with these options."""
+        asked = {
+            "non_causal": not self.causal,
+            "window": self.window is not None,
+            "softcap": self.softcap > 0,
+            "cp_round_robin": self.cp_world_size > 1,
+        }
+        return frozenset(name for name, wanted in asked.items() if wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """Everything a backend may base a schedule on; hashable, so schedules can be cached.
+
+    ``num_kv_splits`` is the caller's wish, or ``None`` for the backend's choice.
+    ``device_index`` is -1 off the GPU.
+    """
+
+    problem: Problem
+    options: AttentionOptions
+    batch_size: int
+    total_q: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    total_pages: int
+    num_kv_splits: int | None = None
+    device_index: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A backend's answer to a `PlanRequest`.
+
+    Parameters
+    ----------
+    kernel : str
+        Kernel family that will run, for logs and ``mla explain``.
+    num_kv_splits : int
+        Most partials of one query token; 1 writes the output directly.
+    because : str
+        Why these numbers, in a few words.
+    config : mapping
+        Tile sizes and launch parameters, for the log.
+    workspace : mapping of str to (shape, torch dtype)
+        Buffers `decode` needs besides its outputs; a plan allocates them once.
+    """
+
+    kernel: str
+    num_kv_splits: int = 1
+    because: str = ""
+    config: Mapping[str, int] = field(default_factory=dict)
+    workspace: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """A resolved choice: run it with `mla_core.decode` any number of times.
+
+    Parameters
+    ----------
+    request : PlanRequest
+    schedule : Schedule
+    backend : str
+    run : callable
+        The backend's ``decode``.
+    qo_indptr : [batch_size + 1], int32
+    workspace : mapping of str to Tensor
+    choice : Choice, optional
+        How the backend was chosen; absent on plans rebuilt inside a compiled graph.
+    """
+
+    request: PlanRequest
+    schedule: Schedule
+    backend: str
+    run: Callable[..., None]
+    qo_indptr: torch.Tensor
+    workspace: Mapping[str, torch.Tensor]
+    choice: Choice | None = None
+
+    @property
+    def options(self) -> AttentionOptions:
+        """Mask and score options."""
+        return self.request.options
+
+    @property
+    def dims(self) -> MLADims:
+        """Model dimensions."""
+        return self.request.problem.dims
+
+    @property
+    def num_kv_splits(self) -> int:
+        """Most partials of one query token."""
+        return self.schedule.num_kv_splits
+
+    def __str__(self) -> str:
+        """One line: backend, kernel, splits and the reason."""
+        shown = " ".join(f"{key}={value}" for key, value in self.schedule.config.items())
+        because = self.choice.because if self.choice else "rebuilt"
+        return (
+            f"{self.backend}/{self.schedule.kernel} num_kv_splits={self.num_kv_splits} {shown}"
+            f" ({because}; {self.schedule.because})"
+        )
+
+
+def plan_decode(
+    dims: MLADims,
+    qo_indptr: torch.Tensor,
+    kv: PagedKV,
+    *,
+    q_dtype: torch.dtype = torch.bfloat16,
+    options: AttentionOptions | None = None,
+    has_sink: bool = False,
+    batch_invariant: bool = False,
+    num_kv_splits: int | None = None,
+    total_q: int | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    backend: str | None = None,
+) -> DecodePlan:
+    """Choose a backend and a schedule for decode steps over a batch.
+
+    Parameters
+    ----------
+    dims : MLADims
+        Local head count and widths; the widths must be those of ``kv.cache``.
+    qo_indptr : [batch_size + 1], int32, on the cache's device
+        Prefix sums of query tokens per request.
+    kv : PagedKV
+    q_dtype : torch.dtype
+        Dtype of ``ql_nope`` and ``q_pe``.
+    options : AttentionOptions, optional
+        Default: causal, nothing else.
+    has_sink : bool
+        Whether `decode` will be given ``sink``.
+    batch_invariant : bool
+        Fix the split points of a request by its own length alone, so that its output bits do not
+        depend on the other requests.
+    num_kv_splits : int, optional
+        Most partials per query token, 1..256; default: the backend's heuristic.
+    total_q, max_seqlen_q, max_seqlen_k : int, optional
+        Give all three and planning reads nothing from the device. Otherwise they are read from
+        ``qo_indptr`` and ``kv``. With graph replay in mind, give upper bounds.
+    backend : str, optional
+        Use this backend or raise.
+
+    Returns
+    -------
+    DecodePlan
+
+    Raises
+    ------
+    LayoutError
+        An argument disagrees with another; the message names it.
+    BackendUnavailableError, UnsupportedProblemError
+        See `mla_core.select.select`.
+    """
+    options = options or AttentionOptions()
+    _check_dims(dims, kv)
+    check_qo_indptr("plan_decode", qo_indptr, kv.batch_size, kv.cache.device)
+    if num_kv_splits is not None and not 1 <= num_kv_splits <= MAX_KV_SPLITS:
+        raise LayoutError(
+            f"plan_decode: num_kv_splits must be in 1..{MAX_KV_SPLITS}, got {num_kv_splits}"
+        )
+    if total_q is None:
+        total_q = int(qo_indptr[-1])
+    if max_seqlen_q is None:
+        max_seqlen_q = int(qo_indptr.diff().max()) if kv.batch_size else 0
+    if max_seqlen_k is None:
+        max_seqlen_k = int(kv.seq_lens.max()) if kv.batch_size else 0
+    for name, value in (("total_q", total_q), ("max_seqlen_q", max_seqlen_q)):
+        if value < 0:
+            raise LayoutError(f"plan_decode: {name} must be >= 0, got {value}")
+    layout = kv.cache.layout
+    wanted = {"lse", *options.features}
+    wanted |= {"sink"} if has_sink else set()
+    wanted |= {"batch_invariant"} if batch_invariant else set()
+    problem = Problem(
+        op="decode",
+        arch=arch_of(kv.cache.device),
+        q_dtype=dtype_name(q_dtype),
+        kv_dtype=layout.kv_dtype,
+        dims=dims,
+        layout=layout.family,
+        page_size=kv.page_size,
+        q_len=max(max_seqlen_q, 1),
+        features=frozenset(wanted),
+    )
+    choice = select(problem, backend)
+    request = PlanRequest(
+        problem=problem,
+        options=options,
+        batch_size=kv.batch_size,
+        total_q=total_q,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        total_pages=kv.kv_page_indices.numel(),
+        num_kv_splits=num_kv_splits,
+        device_index=_device_index(kv.cache.device),
+    )
+    plan = build_plan(request, choice.backend, qo_indptr, choice)
+    event(
+        "plan_decode",
+        backend=plan.backend,
+        kernel=plan.schedule.kernel,
+        num_kv_splits=plan.num_kv_splits,
+        problem=problem,
+        because=f"{choice.because}; {plan.schedule.because}",
+        **plan.schedule.config,
+    )
+    return plan
+
+
+def build_plan(
+    request: PlanRequest, backend: Backend, qo_indptr: torch.Tensor, choice: Choice | None = None
+) -> DecodePlan:
+    """Ask a backend for its schedule, allocate the workspaces and bind everything together."""
+    schedule, run = _schedule(request, backend)
+    workspace = {
+        name: torch.empty(shape, dtype=dtype, device=qo_indptr.device)
+        for name, (shape, dtype) in schedule.workspace.items()
+    }
+    return DecodePlan(request, schedule, backend.name, run, qo_indptr, workspace, choice)
+
+
+@functools.lru_cache(maxsize=4096)
+def _schedule(request: PlanRequest, backend: Backend) -> tuple[Schedule, Callable[..., None]]:
+    schedule: Schedule = backend.load("plan_decode")(request)
+    return schedule, backend.load("decode")
+
+
+def output_dtype(q_dtype: torch.dtype) -> torch.dtype:
+    """Dtype of ``out`` when the caller gives none: that of the query, bf16 for fp8 queries."""
+    return torch.bfloat16 if dtype_name(q_dtype) in FP8_DTYPES else q_dtype
+
+
+def _device_index(device: torch.device) -> int:
+    if device.type != "cuda":
+        return -1
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _check_dims(dims: MLADims, kv: PagedKV) -> None:
+    cached = replace(kv.cache.dims, num_heads=dims.num_heads)
+    for name in ("kv_lora_rank", "qk_rope_head_dim", "value_includes_rope"):
+        if getattr(dims, name) != getattr(cached, name):
+            raise LayoutError(
+                f"plan_decode: dims.{name} must be {getattr(cached, name)} like the cache's, "
+                f"got {getattr(dims, name)}"
+            )
