@@ -1,0 +1,1 @@
+"""Triton kernels of the core; imported only when one is launched."""
