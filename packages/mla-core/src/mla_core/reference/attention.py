@@ -113,11 +113,18 @@ def masked_softmax(
         Natural logarithm; -inf for a row that sees nothing and has no sink.
     """
     scores = torch.where(mask, scores, NEG_INF)
-    lse = torch.logsumexp(scores, dim=-1)
+    peak = scores.new_full(scores.shape[:-1], NEG_INF)
     if sink is not None:
-        lse = torch.logaddexp(lse, sink.to(scores).expand_as(lse))
-    finite_lse = torch.where(lse == NEG_INF, 0.0, lse)
-    return torch.exp(scores - finite_lse[..., None]), lse
+        peak = torch.maximum(peak, sink.to(scores))
+    if scores.shape[-1]:
+        peak = torch.maximum(peak, scores.amax(dim=-1))
+    shift = torch.where(peak == NEG_INF, 0.0, peak)
+    weights = torch.exp(scores - shift[..., None])
+    total = weights.sum(dim=-1)
+    if sink is not None:
+        total = total + torch.exp(sink.to(scores) - shift)
+    probs = weights / torch.where(total == 0, 1.0, total)[..., None]
+    return probs, torch.log(total) + shift
 
 
 def cap_scores(scores: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -173,7 +180,7 @@ def decode(
     kv_ranges : one (begin, end) of local tokens for each request, optional
         Attend only to these; positions stay those of the whole request.
     present : one [kv_len] bool for each request, optional
-        Tokens that exist; the others keep their position and are seen by nobody.
+        Tokens that exist; the others keep their position and their rows are never read.
     dtype : torch.dtype
         Everything is converted to it first.
 
@@ -205,7 +212,7 @@ def decode(
             device=key.device,
         )
         if present is not None:
-            mask = mask & present[b]
+            mask, key = mask & present[b], torch.where(present[b][:, None], key, 0.0)
         mask, key = mask[:, begin:end], key[begin:end]
         scores = cap_scores(torch.einsum("qhd,nd->qhn", q, key) * sm_scale, softcap)
         probs, row_lse = masked_softmax(scores, mask[:, None, :], sink)
