@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 
 from mla_core.errors import LayoutError
+from mla_core.reference.attention import NEG_INF, masked_softmax
 
 LseBase = Literal["natural", "base2"]
 
-NEG_INF = float("-inf")
 _LN_OF_BASE: dict[str, float] = {"natural": 1.0, "base2": math.log(2.0)}
 
 
@@ -50,12 +50,10 @@ def merge_partials(
         Without any non-empty partial ``out`` is 0 and ``lse`` is -inf (or the sink).
     """
     lses = partial_lse.to(dtype) * _ln_of(partial_lse_base)
-    lse = torch.logsumexp(lses, dim=0)
-    if sink is not None:
-        lse = torch.logaddexp(lse, sink.to(dtype).expand_as(lse))
-    weights = torch.exp(lses - torch.where(lse == NEG_INF, 0.0, lse))[..., None]
-    values = torch.where((lses == NEG_INF)[..., None], 0.0, partial_out.to(dtype))
-    return (weights * values).sum(dim=0), lse / _ln_of(lse_base)
+    has_tokens = lses != NEG_INF
+    weights, lse = masked_softmax(lses.movedim(0, -1), has_tokens.movedim(0, -1), sink)
+    values = torch.where(has_tokens[..., None], partial_out.to(dtype), 0.0)
+    return (weights.movedim(-1, 0)[..., None] * values).sum(dim=0), lse / _ln_of(lse_base)
 
 
 def reduce_partials(
