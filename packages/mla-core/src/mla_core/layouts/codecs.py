@@ -13,7 +13,9 @@ import torch
 
 from mla_core.dtypes import fp8_max, torch_dtype
 
-E8M0_MIN = 1e-4  # floor of a power-of-two scale, so that an all-zero group has one
+# Floors of a group's scale, so that a group of zeros is not divided by zero.
+E8M0_MIN = 1e-4
+FP32_MIN = torch.finfo(torch.float32).tiny
 FP4_MAX = 6.0
 #: The eight magnitudes of e2m1, by code.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -120,7 +122,7 @@ class GroupScaled(Codec):
         Scales are powers of two, stored as one byte ``b`` meaning ``2 ** (b - 127)``; otherwise
         they are fp32.
     min_amax : float
-        Floor of a group's largest magnitude; with 0 an all-zero group gets the scale 1.
+        Floor of a group's largest magnitude; with 0, a group of zeros gets the smallest scale.
     """
 
     dtype: str
@@ -147,7 +149,7 @@ class GroupScaled(Codec):
             scales = e8m0_ceil(factor.clamp(min=E8M0_MIN))
             factor = e8m0_value(scales)
         else:
-            factor = scales = torch.where(factor == 0, 1.0, factor)
+            factor = scales = factor.clamp(min=FP32_MIN)
         return _saturate(groups / factor[..., None], self.dtype).flatten(-2), scales
 
     def decode(
