@@ -1,0 +1,22 @@
+"""Schedules of persistent kernels: what each workgroup computes, and which partials are merged.
+
+Planners take plain index tensors and a `DeviceProfile` and return a `WorkList`. They know nothing
+of caches or backends; what differs between kernel families is data in `mla_core.metadata.tiling`.
+"""
+
+from mla_core.metadata.profile import DeviceProfile
+from mla_core.metadata.sizes import WorkListSizes, decode_sizes, prefill_sizes
+from mla_core.metadata.splits import choose_num_kv_splits, split_indptr
+from mla_core.metadata.v1_2 import plan_v1_2
+from mla_core.metadata.worklist import WorkList
+
+__all__ = [
+    "DeviceProfile",
+    "WorkList",
+    "WorkListSizes",
+    "choose_num_kv_splits",
+    "decode_sizes",
+    "plan_v1_2",
+    "prefill_sizes",
+    "split_indptr",
+]

@@ -1,0 +1,156 @@
+"""The work list: what each persistent workgroup computes, and which partials are merged.
+
+One *work* is one piece of the cached tokens for one tile of query rows. Workgroup ``c`` runs the
+works ``work_indptr[c]:work_indptr[c + 1]`` in order. A tile whose cache range was cut into pieces
+has them merged afterwards; every other tile's only work writes the final output itself.
+
+A tile that sees no token still has one work, with ``kv_start == kv_end``: its kernel writes
+``out = 0`` and ``lse = -inf``, and nothing is left unwritten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+import torch
+
+from mla_core.errors import LayoutError
+from mla_core.metadata.sizes import WorkListSizes
+
+#: Columns of ``work_info``.
+BATCH_IDX: Final = 0  # request; group of heads ``b * fold + g`` when heads are folded
+PARTIAL_QO_LOC: Final = 1  # first row in the partial buffers, -1 to write the final output
+QO_START: Final = 2  # query rows [start, end)
+QO_END: Final = 3
+KV_START: Final = 4  # entries [start, end) of kv_page_indices
+KV_END: Final = 5
+KV_OFFSET: Final = 6  # tokens of the request after KV_END
+HEAD_RANGE: Final = 7  # prefill: first query head | (one past the last << 16); else 0
+WORK_FIELDS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class WorkList:
+    """A schedule over persistent workgroups. All tensors are int32.
+
+    Parameters
+    ----------
+    work_indptr : [num_workgroups + 1]
+        Range of works of each workgroup.
+    work_info : [num_works, 8]
+        One row per work; the columns are the constants of this module.
+    reduce_indptr : [num_tiles + 1]
+        Range of partials of each query tile; empty for a tile in one piece.
+    reduce_final_map : [num_tiles, 2]
+        Query rows of each tile that was cut, 0 elsewhere.
+    reduce_partial_map : [num_partials]
+        First partial row of each piece.
+    """
+
+    work_indptr: torch.Tensor
+    work_info: torch.Tensor
+    reduce_indptr: torch.Tensor
+    reduce_final_map: torch.Tensor
+    reduce_partial_map: torch.Tensor
+
+    @property
+    def num_works(self) -> int:
+        """Works over all workgroups."""
+        return self.work_info.shape[0]
+
+    @property
+    def num_partial_rows(self) -> int:
+        """Rows the partial buffers must have."""
+        rows = self.work_info[:, PARTIAL_QO_LOC]
+        ends = rows + self.work_info[:, QO_END] - self.work_info[:, QO_START]
+        ends = ends[rows >= 0]
+        return int(ends.max()) if ends.numel() else 0
+
+    @classmethod
+    def empty(cls, sizes: WorkListSizes, device: torch.device | str = "cpu") -> WorkList:
+        """Allocate buffers that hold any schedule within ``sizes``, filled with zeros."""
+        return cls(
+            **{
+                name: torch.zeros(shape, dtype=torch.int32, device=device)
+                for name, shape in sizes.shapes.items()
+            }
+        )
+
+    def copy_into(self, buffers: WorkList) -> None:
+        """Write this schedule into larger buffers on any device, as a captured graph needs them.
+
+        ``work_indptr`` and ``reduce_indptr`` are continued with their last value, so that further
+        workgroups and tiles are idle; every other unused entry becomes 0.
+
+        Raises
+        ------
+        LayoutError
+            A buffer is not contiguous int32 or too small.
+        """
+        for field in fields(self):
+            source: torch.Tensor = getattr(self, field.name)
+            target: torch.Tensor = getattr(buffers, field.name)
+            check_buffer("WorkList.copy_into", field.name, target, tuple(source.shape))
+            used = source.shape[0]
+            target[:used].copy_(source)
+            target[used:].fill_(int(source[-1]) if field.name.endswith("indptr") else 0)
+
+    def validate(self) -> None:
+        """Check what any consumer relies on; for tests and for schedules made elsewhere.
+
+        Raises
+        ------
+        LayoutError
+            A range runs backwards or out of bounds, two pieces share partial rows, or a piece is
+            merged never or twice.
+        """
+        _check_indptr("work_indptr", self.work_indptr, self.num_works)
+        _check_indptr("reduce_indptr", self.reduce_indptr, self.reduce_partial_map.numel())
+        info = self.work_info
+        for begin, end in ((QO_START, QO_END), (KV_START, KV_END)):
+            if bool(((info[:, begin] > info[:, end]) | (info[:, begin] < 0)).any()):
+                raise LayoutError(
+                    f"WorkList: work_info columns {begin} and {end} must be a range, got a "
+                    "negative or reversed one"
+                )
+        split = info[info[:, PARTIAL_QO_LOC] >= 0]
+        # Head groups of one KV range share a partial row: the buffers have a head dimension.
+        rows, begins, ends = split[:, [PARTIAL_QO_LOC, QO_START, QO_END]].unique(dim=0).unbind(1)
+        if bool((rows[1:] < (rows + ends - begins)[:-1]).any()):
+            raise LayoutError("WorkList: partial rows must not overlap, got two pieces that do")
+        counts = self.reduce_indptr.diff().long()
+        merged_map = self.reduce_final_map.repeat_interleave(counts, dim=0)
+        merged = torch.cat([self.reduce_partial_map[:, None], merged_map], dim=1)
+        merged = merged[merged[:, 0].argsort()]
+        if not torch.equal(merged, torch.stack([rows, begins, ends], dim=1)):
+            raise LayoutError(
+                "WorkList: reduce maps must list each piece of a cut tile once, got "
+                f"{merged.shape[0]} entries for {rows.numel()} pieces"
+            )
+
+
+def check_buffer(op: str, name: str, buffer: torch.Tensor, needed: tuple[int, ...]) -> None:
+    """Check that a caller's buffer can hold ``needed`` int32 rows.
+
+    Raises
+    ------
+    LayoutError
+    """
+    if buffer.dtype != torch.int32 or not buffer.is_contiguous():
+        raise LayoutError(
+            f"{op}: {name} must be contiguous int32, got {buffer.dtype} with strides "
+            f"{buffer.stride()}"
+        )
+    fits = buffer.ndim == len(needed) and buffer.shape[1:] == torch.Size(needed[1:])
+    if not fits or buffer.shape[0] < needed[0]:
+        raise LayoutError(
+            f"{op}: {name} must be at least {needed}, got {tuple(buffer.shape)}; allocate it with "
+            "the sizes of the largest batch"
+        )
+
+
+def _check_indptr(name: str, indptr: torch.Tensor, total: int) -> None:
+    ends_right = indptr.numel() >= 1 and int(indptr[0]) == 0 and int(indptr[-1]) == total
+    if not ends_right or bool((indptr.diff() < 0).any()):
+        raise LayoutError(f"WorkList: {name} must rise from 0 to {total}, got another sequence")
