@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 import torch
 
 from mla_core import env, layouts
 from mla_core.dims import MLADims
-from mla_core.dtypes import dtype_name, itemsize, torch_dtype
+from mla_core.dtypes import itemsize, torch_dtype
 from mla_core.errors import LayoutError
 from mla_core.layouts import BufferSpec, Layout
 
@@ -87,8 +91,9 @@ class LatentCache:
         ----------
         buffers : tensors, in the order of ``layout.buffer_specs``
             A buffer may have extra dimensions of size 1 (``[num_pages, page_size, 1, 576]``) or be
-            flat inside the page (``[num_pages, page_size * 656]``); fp8 may come as ``uint8`` and
-            the other way round. The page stride may be larger than a page.
+            flat inside the page (``[num_pages, page_size * 656]``, or ``[num_pages, page_size,
+            656]`` for a page of segments); fp8 may come as ``uint8`` and the other way round. The
+            page stride may be larger than a page.
 
         Raises
         ------
@@ -112,7 +117,7 @@ class LatentCache:
                     f"{where} must be on {device} like the first, got {buffer.device}"
                 )
             alignment = max(itemsize(field.dtype) for field in fields if field.buffer == index)
-            bound.append(_canonical(where, buffer, spec, alignment))
+            bound.append(_canonical(where, buffer, spec, page_size, alignment))
         return cls(layout, dims, page_size, tuple(bound), _checked_scale(op, layout, scale, device))
 
     @property
@@ -237,47 +242,55 @@ def _layout(layout: str | Layout) -> Layout:
     return layouts.get(layout) if isinstance(layout, str) else layout
 
 
-def _canonical(where: str, buffer: torch.Tensor, spec: BufferSpec, alignment: int) -> torch.Tensor:
+def _canonical(
+    where: str, buffer: torch.Tensor, spec: BufferSpec, page_size: int, alignment: int
+) -> torch.Tensor:
     """Check a buffer and view it in the shape and dtype of its spec."""
-    inner = spec.shape[1:]
-    count = 1
-    for size in inner:
-        count *= size
-    given = tuple(size for size in buffer.shape[1:] if size != 1)
-    accepted = (tuple(size for size in inner if size != 1), (count,))
-    if buffer.ndim < 2 or buffer.shape[0] != spec.shape[0] or given not in accepted:
+    num_pages, *inner = spec.shape
+    count = math.prod(inner)
+    accepted = [_no_ones(shape) for shape in (inner, (page_size, count // page_size), (count,))]
+    if (
+        buffer.ndim < 2
+        or buffer.shape[0] != num_pages
+        or _no_ones(buffer.shape[1:]) not in accepted
+    ):
         raise LayoutError(
-            f"{where} must be {list(spec.shape)}, or [{spec.shape[0]}, {count}], "
+            f"{where} must be {list(spec.shape)}, or [{num_pages}, {count}], "
             f"got {list(buffer.shape)}"
         )
     dtype = torch_dtype(spec.dtype)
-    is_bytes = dtype.itemsize == 1 and torch.uint8 in (dtype, buffer.dtype)
-    if buffer.dtype != dtype and not (is_bytes and buffer.element_size() == 1):
-        raise LayoutError(f"{where} must be {spec.dtype}, got {dtype_name(buffer.dtype)}")
-    dense = 1
-    for size, stride in zip(reversed(buffer.shape[1:]), reversed(buffer.stride()[1:]), strict=True):
+    is_bytes = buffer.element_size() == 1 == dtype.itemsize and torch.uint8 in (dtype, buffer.dtype)
+    if buffer.dtype != dtype and not is_bytes:
+        raise LayoutError(f"{where} must be {spec.dtype}, got {buffer.dtype}")
+    if count == 0 or num_pages == 0:
+        return buffer.view(dtype).reshape(spec.shape)
+    strides = (1, *accumulate(reversed(buffer.shape[2:]), mul))
+    for size, stride, dense in zip(
+        buffer.shape[:0:-1], buffer.stride()[:0:-1], strides, strict=True
+    ):
         if size > 1 and stride != dense:
             raise LayoutError(
                 f"{where} must be dense inside a page, got strides {tuple(buffer.stride())} for "
                 f"shape {list(buffer.shape)}; call contiguous()"
             )
-        dense *= size
-    page_stride = buffer.stride(0) if spec.shape[0] > 1 else count
+    # The stride of a dimension of size 1 is arbitrary, so a single page is taken as dense.
+    page_stride = buffer.stride(0) if num_pages > 1 else count
     if page_stride < count:
         raise LayoutError(
             f"{where} must have a page stride of at least {count}, got {page_stride}; pages overlap"
         )
-    size = itemsize(spec.dtype)
-    start = buffer.storage_offset()
-    if count and (page_stride * size % alignment or start * size % alignment):
+    start, size = buffer.storage_offset(), dtype.itemsize
+    if page_stride * size % alignment or start * size % alignment:
         raise LayoutError(
             f"{where} must start and step from page to page at multiples of {alignment} bytes, got "
             f"start {start * size} and page stride {page_stride * size}"
         )
-    strides = [1]
-    for extent in reversed(inner[1:]):
-        strides.insert(0, strides[0] * extent)
-    return buffer.view(dtype).as_strided(spec.shape, (page_stride, *strides), start)
+    pages = buffer.as_strided((num_pages, count), (page_stride, 1), start)
+    return pages.view(dtype).view(spec.shape)
+
+
+def _no_ones(shape: Iterable[int]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
 
 
 def _checked_scale(

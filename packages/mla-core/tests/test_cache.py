@@ -1,0 +1,296 @@
+"""Binding buffers to a layout: accepted forms, refused ones, and memory that is not dense."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from mla_core import layouts
+from mla_core.cache import LatentCache
+from mla_core.dims import MLADims
+from mla_core.errors import LayoutError
+
+DIMS = MLADims(16)
+V4 = MLADims(64, kv_lora_rank=448, value_includes_rope=True)
+SCALE = torch.tensor([0.25])
+
+
+def rows(count: int, dims: MLADims = DIMS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return full-range rows that bf16 holds exactly."""
+    kv_c, k_pe = torch.randn(count, dims.kv_lora_rank), torch.randn(count, dims.qk_rope_head_dim)
+    return kv_c.bfloat16().float(), k_pe.bfloat16().float()
+
+
+def test_allocate_is_zero_and_describes_itself() -> None:
+    cache = LatentCache.allocate("bf16", DIMS, 3, 16)
+    assert (cache.num_pages, cache.num_slots, cache.page_size) == (3, 48, 16)
+    assert cache.device == torch.device("cpu")
+    assert cache.layout is layouts.get("bf16")
+    assert cache.buffers[0].shape == (3, 16, 576)
+    assert cache.buffers[0].dtype == torch.bfloat16
+    assert not cache.buffers[0].any()
+
+
+@pytest.mark.parametrize("name", layouts.names())
+def test_fill_is_a_byte(name: str) -> None:
+    layout = layouts.get(name)
+    rank, rope = layout.only or (512, 64)
+    dims = MLADims(8, kv_lora_rank=rank, qk_rope_head_dim=rope)
+    scale = SCALE if layout.needs_scale else None
+    cache = LatentCache.allocate(layout, dims, 2, layout.page_multiple, scale=scale, fill=255)
+    for buffer in cache.buffers:
+        assert (buffer.view(torch.uint8) == 255).all()
+    if layout.kv_dtype != "fp8_e4m3fnuz" and layout.kv_dtype != "fp4_e2m1":
+        assert cache.read(torch.tensor([0]))[0].isnan().all()
+
+
+def test_write_and_read_in_place() -> None:
+    storage = torch.full((4, 16, 576), math.nan, dtype=torch.bfloat16)
+    cache = LatentCache.bind("bf16", DIMS, 16, storage)
+    kv_c, k_pe = rows(2)
+    cache.write(kv_c, k_pe, torch.tensor([17, 63], dtype=torch.int32))
+    assert torch.equal(storage[1, 1].float(), torch.cat([kv_c[0], k_pe[0]]))
+    assert torch.equal(storage[3, 15].float(), torch.cat([kv_c[1], k_pe[1]]))
+    assert storage.isnan().sum() == (64 - 2) * 576
+    got_c, got_pe = cache.read(torch.tensor([63, -1, 17]), torch.bfloat16)
+    assert got_c.dtype == got_pe.dtype == torch.bfloat16
+    assert torch.equal(got_c[0].float(), kv_c[1])
+    assert torch.equal(got_pe[2].float(), k_pe[0])
+    assert not got_c[1].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    [
+        ("bf16", (3, 64, 576), torch.bfloat16),
+        ("bf16", (3, 64, 1, 576), torch.bfloat16),
+        ("bf16", (3, 64 * 576), torch.bfloat16),
+        ("fp8", (3, 64, 1, 576), torch.uint8),
+        ("fp8", (3, 64, 576), torch.float8_e4m3fn),
+        ("fp8_seg656", (3, 64 * 656), torch.uint8),
+        ("fp8_seg656", (3, 64, 656), torch.uint8),
+        ("fp8_ds656", (3, 64, 656), torch.uint8),
+        ("fp8_ds656", (3, 64, 1, 656), torch.float8_e4m3fn),
+        ("shuffled_bf16", (3, 1, 64, 576), torch.bfloat16),
+        ("fp8_seg576", (3, 64 * 576), torch.float8_e4m3fn),
+    ],
+)
+def test_accepted_shapes(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    layout = layouts.get(name)
+    buffer = torch.zeros(shape, dtype=torch.uint8 if dtype.itemsize == 1 else dtype).view(dtype)
+    scale = SCALE if layout.needs_scale else None
+    cache = LatentCache.bind(name, DIMS, 64, buffer, scale=scale)
+    (spec,) = layout.buffer_specs(DIMS, 3, 64)
+    assert tuple(cache.buffers[0].shape) == spec.shape
+    assert cache.buffers[0].data_ptr() == buffer.data_ptr()
+    kv_c, k_pe = rows(1)
+    cache.write(kv_c, k_pe, torch.tensor([70]))
+    got_c, _ = cache.read(torch.tensor([70]))
+    assert torch.nn.functional.cosine_similarity(got_c, kv_c).item() > 0.99
+    assert buffer.view(torch.uint8).any()
+
+
+def test_two_buffers_of_v4() -> None:
+    nope = torch.zeros(5, 1, 1, 512, dtype=torch.float8_e4m3fn)
+    rope = torch.zeros(5, 1, 1, 64, dtype=torch.bfloat16)
+    cache = LatentCache.bind("v4_nm", V4, 1, nope, rope)
+    kv_c, k_pe = rows(1, V4)
+    cache.write(kv_c, k_pe, torch.tensor([4]))
+    assert torch.equal(rope[4, 0, 0].float(), k_pe[0])
+    with pytest.raises(LayoutError, match="takes 2 buffers, got 1"):
+        LatentCache.bind("v4_nm", V4, 1, nope)
+    with pytest.raises(LayoutError, match=r"buffers\[1\] must be \[5, 1, 64\], or \[5, 64\], got"):
+        LatentCache.bind("v4_nm", V4, 1, nope, rope[:4])
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8_ds656", "fp8_seg656", "shuffled_bf16"])
+def test_page_stride_larger_than_a_page(name: str) -> None:
+    """Layers interleaved in one allocation: page p of layer l at ``[p, l]``."""
+    layout = layouts.get(name)
+    (spec,) = layout.buffer_specs(DIMS, 4, 16)
+    dense = LatentCache.allocate(name, DIMS, 4, 16)
+    whole = torch.zeros(4, 3, *spec.shape[1:], dtype=dense.buffers[0].dtype)
+    strided = LatentCache.bind(name, DIMS, 16, whole[:, 1])
+    torch.manual_seed(0)
+    kv_c, k_pe = rows(64)
+    slots = torch.randperm(64)
+    for cache in (dense, strided):
+        cache.write(kv_c, k_pe, slots)
+    assert torch.equal(whole[:, 1], dense.buffers[0])
+    assert not whole[:, [0, 2]].any()
+    for got, want in zip(strided.read(slots), dense.read(slots), strict=True):
+        assert torch.equal(got, want)
+    assert strided.field("kv_c").stride(0) == 3 * dense.field("kv_c").stride(0)
+
+
+def test_pages_beyond_4_gib() -> None:
+    """Untouched memory costs nothing, so two pages 5 GiB apart can be really written and read."""
+    apart = 5 * 2**30
+    memory = torch.empty(apart + 656 * 64, dtype=torch.uint8)
+    cache = LatentCache.bind(
+        "fp8_ds656", DIMS, 64, memory.as_strided((2, 64, 656), (apart, 656, 1))
+    )
+    kv_c, k_pe = rows(2)
+    cache.write(kv_c, k_pe, torch.tensor([3, 64 + 5]))
+    _, got = cache.read(torch.tensor([64 + 5, 3]))
+    assert torch.equal(got, k_pe.flip(0))
+    start = apart + 5 * 656 + 528
+    assert torch.equal(memory[start : start + 128].view(torch.bfloat16).float(), k_pe[1])
+
+
+def test_field_views_write_through() -> None:
+    cache = LatentCache.allocate("fp8_seg656", DIMS, 2, 4)
+    scales = cache.field("kv_c_scale")
+    assert scales.shape == (2, 4, 4)
+    assert scales.dtype == torch.float32
+    scales.fill_(2.0)
+    cache.field("kv_c").view(torch.uint8).fill_(0x38)
+    kv_c, k_pe = cache.read(torch.arange(8))
+    assert (kv_c == 2.0).all()
+    assert not k_pe.any()
+    assert cache.field("k_pe").data_ptr() - cache.buffers[0].data_ptr() == 528 * 4
+
+
+def test_rows_is_the_standard_cache() -> None:
+    cache = LatentCache.allocate("fp16", DIMS, 2, 4)
+    assert cache.rows() is cache.buffers[0]
+    with pytest.raises(
+        LayoutError, match=r"rows: layout must be of the standard family, got fp8_ds"
+    ):
+        LatentCache.allocate("fp8_ds656", DIMS, 2, 4).rows()
+
+
+def test_no_rope_and_no_pages() -> None:
+    dims = MLADims(64, qk_rope_head_dim=0)
+    for name in ("bf16", "fp8_ds656", "fp8_ds32", "fp8_seg656"):
+        cache = LatentCache.allocate(name, dims, 2, 4)
+        kv_c = torch.full((1, 512), 1.5)
+        cache.write(kv_c, kv_c[:, :0], torch.tensor([5]))
+        got_c, got_pe = cache.read(torch.tensor([5]))
+        assert torch.equal(got_c, kv_c)
+        assert got_pe.shape == (1, 0)
+        empty = LatentCache.allocate(name, dims, 0, 4)
+        empty.write(kv_c[:0], kv_c[:0, :0], torch.zeros(0, dtype=torch.int64))
+        assert empty.read(torch.tensor([-1]))[0].tolist() == [[0.0] * 512]
+
+
+@pytest.mark.parametrize(
+    ("buffer", "message"),
+    [
+        (
+            torch.zeros(3, 64, 575),
+            "buffers[0] must be [3, 64, 576], or [3, 36864], got [3, 64, 575]",
+        ),
+        (torch.zeros(3, 32, 576), "got [3, 32, 576]"),
+        (torch.zeros(3, 64, 576), "buffers[0] must be bf16, got torch.float32"),
+        (torch.zeros(3, 64, 640).bfloat16()[..., :576], "must be dense inside a page, got strides"),
+        (torch.zeros(3, 576, 64).bfloat16().mT, "must be dense inside a page, got strides"),
+        (
+            torch.zeros(64, 576).bfloat16().expand(3, 64, 576),
+            "a page stride of at least 36864, got 0",
+        ),
+        (torch.tensor(0.0), "got []"),
+    ],
+)
+def test_refused_buffers(buffer: torch.Tensor, message: str) -> None:
+    with pytest.raises(LayoutError, match=re.escape(message)):
+        LatentCache.bind("bf16", DIMS, 64, buffer)
+
+
+def test_refused_alignment() -> None:
+    memory = torch.zeros(3 * (656 + 2), dtype=torch.uint8)
+    with pytest.raises(
+        LayoutError, match="at multiples of 4 bytes, got start 0 and page stride 658"
+    ):
+        LatentCache.bind("fp8_ds656", DIMS, 1, memory.as_strided((3, 1, 656), (658, 656, 1)))
+    with pytest.raises(LayoutError, match="got start 1 and page stride 656"):
+        LatentCache.bind("fp8_ds656", DIMS, 1, memory[1:].as_strided((2, 1, 656), (656, 656, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "message"),
+    [
+        ("fp8", None, "scale must be a fp32 [1] tensor, got None"),
+        ("fp8", torch.ones(2), "scale must be fp32 [1] on cpu, got torch.float32 (2,)"),
+        ("fp8", torch.ones(1).double(), "scale must be fp32 [1] on cpu, got torch.float64 (1,)"),
+        ("bf16", SCALE, "scale must be None, its scale kind is none"),
+        ("fp8_ds656", SCALE, "scale must be None, its scale kind is group128_fp32"),
+    ],
+)
+def test_refused_scales(name: str, scale: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(LayoutError, match=re.escape(message)):
+        LatentCache.allocate(name, DIMS, 2, 4, scale=scale)
+
+
+def test_scale_is_a_dequantisation_factor() -> None:
+    cache = LatentCache.allocate("fp8", DIMS, 1, 1, scale=torch.tensor(0.25))
+    cache.write(torch.full((1, 512), 2.0), torch.full((1, 64), 1e6), torch.tensor([0]))
+    assert (cache.rows().float()[..., :512] == 8.0).all()
+    kv_c, k_pe = cache.read(torch.tensor([0]))
+    assert (kv_c == 2.0).all()
+    assert (k_pe == 448 * 0.25).all()  # saturated
+
+
+@pytest.mark.parametrize(
+    ("kv_c", "k_pe", "slots", "message"),
+    [
+        (
+            torch.ones(2, 512),
+            torch.ones(2, 64),
+            torch.tensor([0, 8]),
+            "must be below 8 (2 pages of 4)",
+        ),
+        (
+            torch.ones(2, 512),
+            torch.ones(2, 64),
+            torch.tensor([0.0, 1.0]),
+            "slots must be 1-D int32",
+        ),
+        (torch.ones(2, 512), torch.ones(2, 64), torch.tensor([[0, 1]]), "slots must be 1-D int32"),
+        (
+            torch.ones(3, 512),
+            torch.ones(2, 64),
+            torch.tensor([0, 1]),
+            "kv_c must be (2, 512) floating",
+        ),
+        (
+            torch.ones(2, 512),
+            torch.ones(2, 32),
+            torch.tensor([0, 1]),
+            "k_pe must be (2, 64) floating",
+        ),
+        (
+            torch.ones(2, 512).int(),
+            torch.ones(2, 64),
+            torch.tensor([0, 1]),
+            "got (2, 512) torch.int32",
+        ),
+    ],
+)
+def test_refused_writes(
+    kv_c: torch.Tensor, k_pe: torch.Tensor, slots: torch.Tensor, message: str
+) -> None:
+    cache = LatentCache.allocate("bf16", DIMS, 2, 4)
+    with pytest.raises(LayoutError, match=re.escape(message)):
+        cache.write(kv_c, k_pe, slots)
+    assert not cache.buffers[0].any()
+
+
+def test_refused_allocations() -> None:
+    with pytest.raises(LayoutError, match=r"fill must be a byte in 0\.\.255, got 256"):
+        LatentCache.allocate("bf16", DIMS, 1, 1, fill=256)
+    with pytest.raises(LayoutError, match="num_pages must be >= 0, got -1"):
+        LatentCache.allocate("bf16", DIMS, -1, 1)
+    with pytest.raises(LayoutError, match="layout: name must be one of"):
+        LatentCache.allocate("fp9", DIMS, 1, 1)
+    with pytest.raises(LayoutError, match="takes 1 buffers, got 0"):
+        LatentCache.bind("bf16", DIMS, 1)
+
+
+def test_check_slots_reads_them_everywhere_under_mla_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLA_CHECK", "1")
+    cache = LatentCache.allocate("bf16", DIMS, 2, 4)
+    with pytest.raises(LayoutError, match="slots must be below 8"):
+        cache.read(torch.tensor([9]))
