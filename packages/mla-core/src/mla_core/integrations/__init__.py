@@ -1,0 +1,1 @@
+"""Adapters that run models of other libraries through our ops; each needs its library installed."""
