@@ -1,0 +1,65 @@
+"""Descriptor of the ``triton`` backend: what its kernels take, without importing Triton."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+from mla_core.backend import Backend
+from mla_core.errors import BackendUnavailableError
+from mla_core.problem import Capability, Verified
+
+#: Architectures with a tuning table of their own; others are refused until somebody tunes them.
+GPU_ARCHS = frozenset({"sm90", "gfx942", "gfx950"})
+
+_INTERPRETED = Verified(
+    "cpu", "interpreted", "2026-11-21", "packages/mla-triton/tests/test_decode.py"
+)
+_COMPILED = tuple(
+    Verified(arch, "compiled", "2026-11-21", "packages/mla-triton/tests/test_aot.py")
+    for arch in sorted(GPU_ARCHS)
+)
+_DECODE = {
+    "op": "decode",
+    "kernel": "flash_decode",
+    "q_dtypes": frozenset({"bf16", "fp16", "fp32"}),
+    "kv_dtypes": frozenset({"bf16", "fp16", "fp32"}),
+    "same_dtypes": True,
+    "layouts": frozenset({"standard"}),
+    "num_heads": range(1, 129),
+    "kv_lora_ranks": range(32, 1025, 32),
+    "rope_dims": range(0, 129, 2),
+    "features": frozenset({"lse", "non_causal", "window", "softcap", "sink", "batch_invariant"}),
+}
+
+
+def probe(arch: str) -> None:
+    """Raise when Triton is missing, or on a CPU without Triton's interpreter.
+
+    Raises
+    ------
+    BackendUnavailableError
+    """
+    if find_spec("triton") is None:
+        raise BackendUnavailableError('triton is not installed; pip install "mla-triton[triton]"')
+    if arch == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise BackendUnavailableError(
+            "triton runs on the CPU only in its interpreter; set TRITON_INTERPRET=1 to test with it"
+        )
+
+
+BACKEND = Backend(
+    name="triton",
+    priority=50,
+    description="Portable Triton kernels for NVIDIA and AMD GPUs.",
+    probe=probe,
+    ops={
+        "plan_decode": "mla_triton.decode:plan_decode",
+        "decode": "mla_triton.decode:decode",
+    },
+    capabilities=(
+        Capability(**_DECODE, archs=GPU_ARCHS, verified=_COMPILED),
+        # The interpreter takes seconds where torch takes milliseconds: tests name it.
+        Capability(**_DECODE, archs=frozenset({"cpu"}), automatic=False, verified=(_INTERPRETED,)),
+    ),
+)

@@ -1,0 +1,226 @@
+"""Dense decode over standard caches: plan, then launch the kernel and the merge."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from mla_core.batch import PagedKV
+from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule
+from mla_core.reduce import reduce_partials
+
+from mla_triton import tuning
+from mla_triton.splits import INVARIANT_SPLITS, choose_splits
+
+#: A split shorter than this many tokens costs more to merge than it saves.
+MIN_SPLIT_TOKENS = 128
+MAX_AUTOMATIC_SPLITS = 64
+#: Stand-in for the multiprocessors of a device in the interpreter, so that it splits too.
+_INTERPRETED_MULTIPROCESSORS = 4
+
+
+def plan_decode(request: PlanRequest) -> Schedule:
+    """Choose tile sizes from the tuning table and the number of splits from the batch."""
+    return make_schedule(request, tuning.choose(request))
+
+
+def make_schedule(request: PlanRequest, config: tuning.DecodeConfig) -> Schedule:
+    """Return the schedule of a request for a given configuration."""
+    num_splits, because = _num_splits(request, config)
+    dims = request.problem.dims
+    workspace = {}
+    if num_splits > 1:
+        rows = (request.total_q, num_splits, dims.num_heads)
+        workspace = {
+            "partial_out": ((*rows, dims.value_dim), torch.float32),
+            "partial_lse": (rows, torch.float32),
+            # The merge writes a log-sum-exp whether or not the caller wants it.
+            "lse": ((request.total_q, dims.num_heads), torch.float32),
+        }
+    return Schedule(
+        kernel=config.kernel,
+        num_kv_splits=num_splits,
+        because=because,
+        config=config.launch,
+        workspace=workspace,
+    )
+
+
+def decode(
+    ql_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv: PagedKV,
+    plan: DecodePlan,
+    *,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sink: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
+    global_kv_lens: torch.Tensor | None = None,
+) -> None:
+    """Write ``out`` and ``lse`` for every query token; see `mla_core.decode`.
+
+    Notes
+    -----
+    Reads every length on the device: no sync and no allocation, so a captured graph replays with
+    other lengths. Query rows past ``qo_indptr[-1]`` are left as they are, or hold leftovers.
+    """
+    # fp8 queries and context parallelism are not among the backend's capabilities.
+    assert q_scale is None
+    assert global_kv_lens is None
+    num_splits = plan.num_kv_splits
+    rows = kv.cache.rows()
+    kv_c, k_pe = rows.split((plan.dims.kv_lora_rank, plan.dims.qk_rope_head_dim), dim=-1)
+    if num_splits == 1:
+        target, target_lse = out[:, None], None if lse is None else lse[:, None]
+    else:
+        target, target_lse = plan.workspace["partial_out"], plan.workspace["partial_lse"]
+    launch_decode(
+        ql_nope,
+        q_pe,
+        kv_c,
+        k_pe,
+        plan.qo_indptr,
+        kv.kv_indptr,
+        kv.kv_page_indices,
+        kv.kv_last_page_len,
+        out=target,
+        lse=target_lse,
+        sink=sink if num_splits == 1 else None,
+        sm_scale=sm_scale,
+        max_seqlen_q=plan.request.max_seqlen_q,
+        options=plan.options,
+        schedule=plan.schedule,
+    )
+    if num_splits > 1:
+        reduce_partials(
+            target,
+            target_lse,
+            out=out,
+            lse=plan.workspace["lse"] if lse is None else lse,
+            sink=sink,
+            backend="triton",
+        )
+
+
+def launch_decode(
+    ql_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_page_indices: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    sm_scale: float,
+    max_seqlen_q: int,
+    options: AttentionOptions,
+    schedule: Schedule,
+) -> None:
+    """Launch a decode kernel over plain tensors; the caller has checked them.
+
+    Parameters
+    ----------
+    kv_c, k_pe : [num_pages, page_size, kv_lora_rank], [num_pages, page_size, rope]
+        Any page and token strides; views of one packed cache or separate buffers.
+    out : [total_q, num_kv_splits, num_heads, kv_lora_rank]
+        The result when there is one split, else fp32 partials.
+    lse : [total_q, num_kv_splits, num_heads], fp32, or None
+    """
+    num_heads, kv_lora_rank = ql_nope.shape[1:]
+    num_pages, page_size = kv_c.shape[:2]
+    batch_size = qo_indptr.numel() - 1
+    num_rows = max_seqlen_q * num_heads
+    if not batch_size or not num_rows or not out.numel():
+        return
+    config = schedule.config
+    min_split_blocks = max(1, MIN_SPLIT_TOKENS // config["BLOCK_N"])
+    grid = (-(-num_rows // config["BLOCK_M"]), schedule.num_kv_splits, batch_size)
+    unused = kv_indptr
+    _kernel(schedule.kernel)[grid](
+        out,
+        unused if lse is None else lse,
+        ql_nope,
+        q_pe,
+        kv_c,
+        k_pe,
+        qo_indptr,
+        kv_indptr,
+        kv_page_indices,
+        kv_last_page_len,
+        unused if sink is None else sink,
+        sm_scale * math.log2(math.e),
+        options.softcap,
+        options.window or 0,
+        num_heads,
+        num_pages,
+        *out.stride()[:3],
+        *((0, 0, 0) if lse is None else lse.stride()),
+        *ql_nope.stride()[:2],
+        *q_pe.stride()[:2],
+        *kv_c.stride()[:2],
+        *k_pe.stride()[:2],
+        D=kv_lora_rank,
+        R=q_pe.shape[-1],
+        BLOCK_D=_power_of_two(kv_lora_rank),
+        BLOCK_R=_power_of_two(q_pe.shape[-1]),
+        PAGE_SIZE=page_size,
+        NUM_SPLITS=schedule.num_kv_splits,
+        MIN_SPLIT_BLOCKS=min_split_blocks,
+        IS_CAUSAL=options.causal,
+        HAS_LSE=lse is not None,
+        HAS_SINK=sink is not None,
+        HAS_SOFTCAP=options.softcap > 0,
+        HAS_WINDOW=options.window is not None,
+        **config,
+    )
+
+
+def _kernel(name: str) -> Any:
+    """Import a kernel at its first launch: Triton costs a second and may be absent."""
+    if name == "decode":
+        from mla_triton.kernels.decode import decode_kernel
+
+        return decode_kernel
+    from mla_triton.kernels.decode_swapped import decode_swapped_kernel
+
+    return decode_swapped_kernel
+
+
+def _num_splits(request: PlanRequest, config: tuning.DecodeConfig) -> tuple[int, str]:
+    if request.num_kv_splits is not None:
+        return request.num_kv_splits, "num_kv_splits was passed"
+    if "batch_invariant" in request.problem.features:
+        return INVARIANT_SPLITS, "fixed by batch_invariant"
+    dims = request.problem.dims
+    row_blocks = -(-request.max_seqlen_q * dims.num_heads // config.BLOCK_M)
+    num_programs = max(1, request.batch_size * row_blocks)
+    multiprocessors = _multiprocessors(request.device_index)
+    # A loop step moves BLOCK_N cached rows of 2 bytes, a split of a row 4 bytes there and back.
+    step_bytes = multiprocessors * config.BLOCK_N * dims.latent_dim * 2
+    partial_bytes = request.total_q * dims.num_heads * dims.value_dim * 8
+    splits = choose_splits(
+        num_programs=num_programs,
+        num_blocks=-(-request.max_seqlen_k // max(config.BLOCK_N, MIN_SPLIT_TOKENS)),
+        concurrent_programs=multiprocessors * config.programs_per_sm,
+        merge_cost=partial_bytes / step_bytes,
+        max_splits=MAX_AUTOMATIC_SPLITS,
+    )
+    return splits, f"{num_programs} programs on {multiprocessors} multiprocessors"
+
+
+def _multiprocessors(device_index: int) -> int:
+    if device_index < 0:
+        return _INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def _power_of_two(width: int) -> int:
+    """Round up to a power of two that a matrix instruction's K dimension takes."""
+    return max(16, 1 << (width - 1).bit_length()) if width else 16

@@ -1,0 +1,118 @@
+"""Pieces of the decode kernels: which tokens, which pages, which rows, and the score's shape.
+
+Everything that may change between two replays of a captured graph (lengths, page ids) is read here
+from device memory. The query tokens and heads of a request are folded into rows,
+``row = q_idx * num_heads + head``, so one tile serves any mix of the two.
+"""
+
+from __future__ import annotations
+
+import triton
+from triton import language as tl
+
+
+@triton.jit
+def request_bounds(
+    request,
+    qo_indptr_ptr,  # [batch_size + 1] i32
+    kv_indptr_ptr,  # [batch_size + 1] i32, pages
+    kv_last_page_len_ptr,  # [batch_size] i32
+    PAGE_SIZE: tl.constexpr,
+):
+    """Return the request's first query token, its query tokens, first page entry and keys."""
+    q_begin = tl.load(qo_indptr_ptr + request)
+    q_len = tl.load(qo_indptr_ptr + request + 1) - q_begin
+    page_begin = tl.load(kv_indptr_ptr + request)
+    num_pages = tl.load(kv_indptr_ptr + request + 1) - page_begin
+    last_page_len = tl.load(kv_last_page_len_ptr + request)
+    kv_len = tl.where(num_pages > 0, (num_pages - 1) * PAGE_SIZE + last_page_len, 0)
+    return q_begin, q_len, page_begin, kv_len
+
+
+@triton.jit
+def split_range(
+    kv_len,
+    split,
+    NUM_SPLITS: tl.constexpr,
+    MIN_SPLIT_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Return the token range [begin, end) of one split; it depends on the request alone.
+
+    A request is cut into equal runs of whole blocks, into fewer than NUM_SPLITS when a run would be
+    shorter than MIN_SPLIT_BLOCKS. The splits that are left over are empty.
+    """
+    num_blocks = tl.cdiv(kv_len, BLOCK_N)
+    used = tl.minimum(tl.cdiv(num_blocks, MIN_SPLIT_BLOCKS), NUM_SPLITS)
+    used = tl.maximum(used, 1)
+    begin = tl.minimum(split, used) * num_blocks // used * BLOCK_N
+    end = tl.minimum(split + 1, used) * num_blocks // used * BLOCK_N
+    return tl.minimum(begin, kv_len), tl.minimum(end, kv_len)
+
+
+@triton.jit
+def query_rows(
+    row_block,
+    q_len,
+    kv_len,
+    num_heads,
+    BLOCK_M: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """Return for each row its query token, head, existence and number of visible keys.
+
+    Causality is bottom-right aligned: the last query token sees every key.
+    """
+    row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_idx = row // num_heads
+    head = row % num_heads
+    is_row = q_idx < q_len
+    limit = tl.zeros([BLOCK_M], tl.int32) + kv_len
+    if IS_CAUSAL:
+        limit = kv_len - (q_len - 1 - q_idx)
+    return q_idx, head, is_row, tl.where(is_row, limit, 0)
+
+
+@triton.jit
+def token_rows(
+    start,  # multiple of BLOCK_N
+    end,
+    page_begin,
+    kv_page_indices_ptr,  # [>= kv_indptr[-1]] i32
+    num_cache_pages,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Return token number, page, offset in the page and liveness of BLOCK_N tokens.
+
+    A token past ``end``, or on a page id outside the cache, is not live.
+    """
+    lane = tl.arange(0, BLOCK_N)
+    token = start + lane
+    if PAGE_SIZE % BLOCK_N == 0:
+        # The block lies in one page: one scalar load, and rows one after another.
+        page = tl.load(kv_page_indices_ptr + page_begin + start // PAGE_SIZE)
+        offset = start % PAGE_SIZE + lane
+    else:
+        page = tl.load(
+            kv_page_indices_ptr + page_begin + token // PAGE_SIZE, mask=token < end, other=-1
+        )
+        offset = token % PAGE_SIZE
+    is_live = (token < end) & (page >= 0) & (page < num_cache_pages)
+    return token, page.to(tl.int64), offset, is_live
+
+
+@triton.jit
+def scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scale raw scores to base-2 logits, ``softcap * tanh(. / softcap)`` applied on the way."""
+    s *= sm_scale_log2
+    if HAS_SOFTCAP:
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 / softcap)))
+        s = tanh * (softcap * 1.4426950408889634)
+    return s
+
+
+@triton.jit
+def finite_or_zero(m):
+    """Replace -inf, so that ``exp2(-inf - m)`` is 0 and not NaN while nothing was seen."""
+    return tl.where(m == float("-inf"), 0.0, m)

@@ -1,0 +1,51 @@
+"""How many ways to split a request's keys, from numbers known at plan time."""
+
+from __future__ import annotations
+
+#: Loop steps that a program's start, and the merge's launch, cost.
+PROGRAM_OVERHEAD = 2.0
+MERGE_OVERHEAD = 2.0
+#: Splits of a ``batch_invariant`` plan: one number for every batch.
+INVARIANT_SPLITS = 16
+
+
+def choose_splits(
+    *,
+    num_programs: int,
+    num_blocks: int,
+    concurrent_programs: int,
+    merge_cost: float,
+    max_splits: int,
+) -> int:
+    """Return the number of splits with the least estimated time, the smaller one of equals.
+
+    The estimate, in loop steps: waves of programs times (steps of a program + its start), and for
+    two or more splits the merge.
+
+    Parameters
+    ----------
+    num_programs : int
+        Programs of one split.
+    num_blocks : int
+        Loop steps over the longest request's keys.
+    concurrent_programs : int
+        Programs the device runs at once.
+    merge_cost : float
+        Loop steps that writing and reading one split's partials costs.
+    max_splits : int
+
+    Examples
+    --------
+    >>> full = dict(concurrent_programs=132, merge_cost=0.5, max_splits=64)
+    >>> choose_splits(num_programs=264, num_blocks=128, **full)
+    1
+    >>> choose_splits(num_programs=1, num_blocks=16, **full)
+    8
+    """
+
+    def steps(splits: int) -> float:
+        waves = -(-num_programs * splits // concurrent_programs)
+        merge = MERGE_OVERHEAD + merge_cost * splits if splits > 1 else 0.0
+        return waves * (-(-num_blocks // splits) + PROGRAM_OVERHEAD) + merge
+
+    return min(range(1, max(1, min(max_splits, num_blocks)) + 1), key=steps)
