@@ -1,0 +1,66 @@
+"""Test setup shared by every package: the interpreter, GPU tests, seeds and poisoned memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mla_core.testing import interpreter, poison
+
+HAS_GPU = torch.cuda.is_available()
+
+# Before any kernel module is imported: Triton decides at decoration time who will run a kernel.
+if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+    interpreter.enable()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer the seed of the run, so that a failure can be repeated."""
+    parser.addoption(
+        "--seed", type=int, default=random.randrange(2**31), help="seed of the random test data"
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say what a failing run needs to be repeated."""
+    device = torch.cuda.get_device_name() if HAS_GPU else "cpu, kernels in Triton's interpreter"
+    return f"torch {torch.__version__}, {device}, --seed {config.getoption('seed')}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if HAS_GPU:
+        return
+    needs_gpu = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(needs_gpu)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Return a seed of this test in this run, with torch's global generator set to it."""
+    # Different tests draw different data, and one test draws the same alone as in the suite.
+    value = random.Random(f"{request.config.getoption('seed')} {request.node.nodeid}").randrange(
+        2**31
+    )
+    print("seed", value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> torch.Generator:
+    """Return a CPU generator with this test's seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def poisoned_empty() -> Iterator[None]:
+    """Fill what ``torch.empty`` returns with NaN, so that an unwritten output shows."""
+    with poison.poisoned_empty():
+        yield
