@@ -6,5 +6,5 @@ the benchmarks are compared with these functions.
 
 One file per family: `attention` (absorbed decode), `prefill` (expanded heads, forward and
 backward), `sparse`, `reduce` (merging partial results), `rope`, `norm`, `quant`, `gemm`,
-`cache_ops` and `indexer`.
+`cache_ops`, `rope_quant` (DeepSeek-V4 rows) and `indexer`.
 """

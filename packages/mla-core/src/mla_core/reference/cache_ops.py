@@ -300,40 +300,6 @@ def indexer_k_quant(
     return quantize_groups(k, group_size, fp8=fp8, scale_format=scale_format, min_amax=1e-4)
 
 
-def inverse_rope_group_quant(
-    out: torch.Tensor,
-    positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    num_groups: int,
-    is_neox: bool = False,
-    group_size: int = 128,
-    fp8: str = "fp8_e4m3",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo the rotation of attention outputs whose values include the rotary part; quantise.
-
-    Parameters
-    ----------
-    out : [num_tokens, num_heads, head_dim]
-        The last ``2 * cos.shape[-1]`` elements of each head are rotary.
-    positions : [num_tokens], integer
-    cos, sin : [max_position, rotary_dim / 2]
-    num_groups : int
-        Heads are dealt out to so many output groups, each of one row for each token.
-
-    Returns
-    -------
-    stored : [num_tokens, num_groups, num_heads * head_dim / num_groups], fp8
-    scales : [num_tokens, num_groups, columns / group_size], fp32 powers of two
-    """
-    rotary_dim = 2 * cos.shape[-1]
-    nope, pe = out[..., :-rotary_dim].float(), out[..., -rotary_dim:]
-    pe = rope(pe, positions, cos, sin, is_neox=is_neox, inverse=True, dtype=torch.float32)
-    rows = torch.unflatten(torch.cat([nope, pe], dim=-1).flatten(1), 1, (num_groups, -1))
-    return quantize_groups(rows, group_size, fp8=fp8, scale_format="ue8m0", min_scale=1e-4)
-
-
 def dequantize_per_token(
     stored: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
