@@ -56,7 +56,7 @@ class LayoutTable(Directive):
     def run(self) -> list[nodes.Node]:
         """Build the table."""
         header = ["Layout", "Family", "Latent", "Scales", "Bytes per token", "Page sizes", "What"]
-        return [table(header, map(self._cells, layouts.ALL))]
+        return [table(header, map(self._cells, layouts.ALL.values()))]
 
     @staticmethod
     def _cells(layout: layouts.Layout) -> list[str]:

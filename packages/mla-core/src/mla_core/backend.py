@@ -39,7 +39,7 @@ class Backend:
         capabilities there is one function; ``decode`` also needs ``plan_decode``. The signatures
         are those of ``docs/howto/add-a-backend``.
     probe : callable
-        ``probe(arch)`` raises `BackendUnavailableError` with a reason when this machine lacks
+        ``probe(arch)`` raises ``BackendUnavailableError`` with a reason when this machine lacks
         something. Cheap, and creates no device context.
     description : str
         One sentence for ``mla backends``.

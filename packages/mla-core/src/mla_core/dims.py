@@ -65,7 +65,7 @@ class MLADims:
 
     @property
     def value_dim(self) -> int:
-        """Width of one absorbed output row: the latent, and the rotary part for DeepSeek-V4."""
+        """Width of one absorbed output row, which for DeepSeek-V4 includes the rotary part."""
         return self.latent_dim if self.value_includes_rope else self.kv_lora_rank
 
     @property

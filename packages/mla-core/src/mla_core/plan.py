@@ -110,7 +110,7 @@ class Schedule:
     config : mapping
         Tile sizes and launch parameters, for the log.
     workspace : mapping of str to (shape, torch dtype)
-        Buffers `decode` needs besides its outputs; a plan allocates them once.
+        Buffers `mla_core.decode` needs besides its outputs; a plan allocates them once.
     """
 
     kernel: str
@@ -199,7 +199,7 @@ def plan_decode(
     options : AttentionOptions, optional
         Default: causal, nothing else.
     has_sink : bool
-        Whether `decode` will be given ``sink``.
+        Whether `mla_core.decode` will be given ``sink``.
     batch_invariant : bool
         Fix the split points of a request by its own length alone, so that its output bits do not
         depend on the other requests.
