@@ -7,6 +7,7 @@ Every session shares one environment, ``.nox/dev``, because torch and triton tak
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,7 +40,10 @@ def dev(session: nox.Session, program: str, *arguments: str, **variables: str) -
 @nox.session(python=False, default=False)
 def env(session: nox.Session) -> None:
     """Build .nox/dev, or bring it up to date; `-- --clean` builds it anew."""
-    environment.build(clean="--clean" in session.posargs, log=session.log)
+    try:
+        environment.build(clean="--clean" in session.posargs, log=session.log)
+    except subprocess.CalledProcessError as exc:
+        session.error(f"this command failed: {' '.join(exc.cmd)}")
 
 
 @costly

@@ -65,9 +65,13 @@ def build(*, clean: bool = False, log=print) -> None:  # type: ignore[no-untyped
     else:
         install(DEV, *torch.requirements, *_constraint_arguments(torch.constraints))
     install(DEV, *dependency_group("dev"), *_constraint_arguments(torch.constraints))
-    editables = [part for name in PACKAGES for part in ("-e", str(ROOT / "packages" / name))]
     # Their dependencies are in already, and without isolation nothing is fetched to build them.
-    install(DEV, "--no-deps", "--no-build-isolation", *editables)
+    local = ["--no-deps", "--no-build-isolation"]
+    for name in PACKAGES:
+        # The meta-package has no code that could be edited.
+        local += [] if name == "mla-kernels" else ["-e"]
+        local.append(str(ROOT / "packages" / name))
+    install(DEV, *local)
     key_file.write_text(key)
 
 
@@ -85,7 +89,7 @@ def choose_torch() -> TorchChoice:
 
 
 def _gpu_torch_of_starter() -> str:
-    """Ask the interpreter that started ``./dev``; nox itself runs in an environment without torch."""
+    """Ask the interpreter that started ``./dev``; the environment of nox has no torch."""
     starter = os.environ.get("MLA_BASE_PYTHON", "")
     if not starter:
         return ""
@@ -112,7 +116,7 @@ def install(environment: Path, *arguments: str) -> None:
     index = os.environ.get("MLA_TORCH_INDEX", "")
     extra = ("--extra-index-url", index) if index else ()
     if use_pip():
-        _run(*_pip(), "--python", python, "install", "--quiet", *extra, *arguments)
+        _run(*_pip(), "--python", python, "install", "-qq", *extra, *arguments)
         return
     if index:
         # uv otherwise takes a package from the first index that has any release of it.

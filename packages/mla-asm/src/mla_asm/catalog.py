@@ -126,7 +126,9 @@ def read_catalog(path: Path) -> tuple[CatalogRow, ...]:
         for cells in reader:
             where = f"{path}:{reader.line_num}"
             if len(cells) != len(COLUMNS):
-                raise LayoutError(f"{where}: a row must have {len(COLUMNS)} cells, got {len(cells)}")
+                raise LayoutError(
+                    f"{where}: a row must have {len(COLUMNS)} cells, got {len(cells)}"
+                )
             cell = dict(zip(COLUMNS, cells, strict=True))
             rows.append(_parse_row(cell, path, where))
             key = tuple(cell[name] for name in _KEY_COLUMNS)
