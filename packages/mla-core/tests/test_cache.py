@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+
 from mla_core import layouts
 from mla_core.cache import LatentCache
 from mla_core.dims import MLADims

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from mla_core.dims import MODELS, MLADims
 from mla_core.errors import LayoutError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mla_core.dtypes import (
     FP8_DTYPES,
     dtype_name,

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+
 from mla_core import layouts
 from mla_core.dims import MLADims
 from mla_core.dtypes import itemsize, torch_dtype
@@ -186,8 +187,9 @@ def test_addresses_are_64_bit() -> None:
     stride = 64 * 1152
     expected = 2**27 * stride + 3 * 1152 + 20
     assert layout.address("kv_c", slot, 10, DIMS, page_size, stride) == expected
-    slots = torch.tensor([slot])
-    assert layout.address("kv_c", slots, 10, DIMS, page_size, stride).tolist() == [expected]
+    slots, elems = torch.tensor([slot]), torch.tensor([10])
+    got = layout.address("kv_c", slots, elems, DIMS, page_size, stride)
+    assert got.tolist() == [expected]
 
 
 def _bytes(*buffers: torch.Tensor) -> bytes:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from mla_core import layouts
 from mla_core.dims import MLADims
 from mla_core.layouts.codecs import (
@@ -116,8 +117,14 @@ def test_groups_agree_with_the_reference(
     x[0] = 0
     codec = GroupScaled(dtype, group, e8m0=e8m0, min_amax=min_amax)
     codes, scales = codec.encode(x, None)
-    floor = {"scale_format": "ue8m0", "min_scale": 1e-4} if e8m0 else {}
-    want_codes, factors = quant.quantize_groups(x, group, fp8=dtype, min_amax=min_amax, **floor)
+    want_codes, factors = quant.quantize_groups(
+        x,
+        group,
+        fp8=dtype,
+        scale_format="ue8m0" if e8m0 else "fp32",
+        min_amax=min_amax,
+        min_scale=1e-4 if e8m0 else torch.finfo(torch.float32).tiny,
+    )
     assert torch.equal(e8m0_value(scales) if e8m0 else scales, factors)
     assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
     got = codec.decode((codes, scales), None, torch.float64)

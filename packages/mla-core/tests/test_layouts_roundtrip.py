@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
+
 from mla_core import layouts
 from mla_core.cache import LatentCache
 from mla_core.dims import MLADims
@@ -27,16 +28,20 @@ def error_bound(codec: Codec, x: torch.Tensor, scale: float) -> torch.Tensor:
     if isinstance(codec, PerTensor):
         return x.abs() / 16 + scale * 2.0**-10 + tiny
     if isinstance(codec, NvFp4):
-        amax = x.abs().unflatten(-1, (-1, 16)).amax(-1, keepdim=True)
+        amax = group_amax(x, 16)
         # Half a step below 6 is 1. Rounding moves the scale by up to 1/16, or by 2**-10 if it is
         # tiny, which costs 6 times as much where 6 saturates.
-        factor = amax / 6 * (1 + 1 / 16) + 6 * 2.0**-10
-        return factor.expand(*factor.shape[:-1], 16).flatten(-2)
+        return amax / 6 * (1 + 1 / 16) + 6 * 2.0**-10
     assert isinstance(codec, GroupScaled)
-    amax = x.abs().unflatten(-1, (-1, codec.group)).amax(-1, keepdim=True)
-    factor = amax / fp8_max(codec.dtype) * (2 if codec.e8m0 else 1) + 2e-4
-    step = (factor * 2.0**-10).expand(*amax.shape[:-1], codec.group).flatten(-2)
-    return x.abs() / 16 + step + tiny
+    e8m0 = 2 if codec.e8m0 else 1
+    factor = group_amax(x, codec.group) / fp8_max(codec.dtype) * e8m0 + 2e-4
+    return x.abs() / 16 + factor * 2.0**-10 + tiny
+
+
+def group_amax(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Return, for each number of ``x`` [T, width], the largest magnitude of its group."""
+    groups = x.abs().view(len(x), x.shape[-1] // group, group)
+    return groups.amax(-1, keepdim=True).expand_as(groups).reshape(x.shape)
 
 
 @st.composite

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from mla_core.layouts.catalog import ALL, get, names
 from mla_core.layouts.fields import Arrangement, BufferSpec, Digit, Field, Region
+from mla_core.layouts.heads import HEADS, HeadLayout, get_heads
 from mla_core.layouts.layout import Layout
 
 __all__ = [
     "ALL",
+    "HEADS",
     "Arrangement",
     "BufferSpec",
     "Digit",
     "Field",
+    "HeadLayout",
     "Layout",
     "Region",
     "get",
+    "get_heads",
     "names",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_core.dims import MLADims
-from mla_core.dtypes import FP8_DTYPES, itemsize
+from mla_core.dtypes import itemsize
 from mla_core.errors import LayoutError
 from mla_core.layouts.arrange import Arrange
 from mla_core.layouts.codecs import Codec, Item
@@ -254,8 +254,3 @@ class Layout:
         kv_c, k_pe = self.unpack(buffers, slots.flatten(), dims, page_size, scale, dtype)
         rank, rope = dims.kv_lora_rank, dims.qk_rope_head_dim
         return kv_c.reshape(*slots.shape, rank), k_pe.reshape(*slots.shape, rope)
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether the latent is stored in fp8."""
-        return self.kv_dtype in FP8_DTYPES
