@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,13 +21,6 @@ from mla_core.reference.rope import rope, rope_tables
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 NEG_INF = float("-inf")
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(rng, *shape):

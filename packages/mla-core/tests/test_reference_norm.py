@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,13 +9,6 @@ import torch.nn.functional as F
 from mla_core.reference.norm import layer_norm, rms_norm
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(rng, *shape):

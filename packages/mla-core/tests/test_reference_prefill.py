@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,13 +30,6 @@ VARIANTS = [
     {"softcap": 0.8},
     {"softcap": 2.5, "window": 3},
 ]
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(rng, *shape):

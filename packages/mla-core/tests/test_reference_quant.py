@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import struct
 from fractions import Fraction
 
@@ -38,13 +37,6 @@ FORMATS = {
     "fp8_e4m3fnuz": (4, 3, 8, 240.0),
     "fp8_e5m2": (5, 2, 15, 57344.0),
 }
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def fp8_magnitudes(fp8):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
@@ -15,13 +14,6 @@ from mla_core.reference.reduce import merge_partials, reduce_partials, reduce_ti
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 NAN, NEG_INF = float("nan"), float("-inf")
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def partial(scores, values):

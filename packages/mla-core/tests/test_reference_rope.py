@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
@@ -14,13 +13,6 @@ from mla_core.errors import LayoutError
 from mla_core.reference.rope import rope, rope_tables, split_cos_sin_cache, yarn_mscale
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(rng, *shape):

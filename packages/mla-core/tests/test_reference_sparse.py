@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,13 +12,6 @@ from mla_core.reference.sparse import sparse_attention
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 NAN, NEG_INF = float("nan"), float("-inf")
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(rng, *shape):
