@@ -190,6 +190,22 @@ def test_sparse_decode_and_prefill_compile():
     assert_close(grad, want_grad, what="grad of k")
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_reduce_partials_compiles(ragged):
+    torch.manual_seed(0)
+    partial_out, partial_lse = torch.randn(6, 4, 8), torch.randn(6, 4)
+    index = {"reduce_indptr": i32(0, 4, 4, 6), "partial_map": i32(5, 1, 2, 0, 3, 4)}
+    if not ragged:
+        partial_out, partial_lse, index = partial_out.view(2, 3, 4, 8), partial_lse.view(2, 3, 4), {}
+    sink = torch.randn(4)
+    torch._dynamo.reset()
+    compiled = torch.compile(mla_core.reduce_partials, fullgraph=True, backend="aot_eager")
+    got = compiled(partial_out, partial_lse, sink=sink, **index)
+    want = mla_core.reduce_partials(partial_out, partial_lse, sink=sink, **index)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
 def captured_calls(monkeypatch, run):
     """Return the flat arguments of every custom op that a compiled function calls."""
     calls = []
@@ -228,11 +244,15 @@ def test_opcheck(monkeypatch):
         sparse = mla_core.sparse_decode(
             arguments["ql_nope"], arguments["q_pe"], cache, indices, sm_scale=0.2
         )
-        return dense, sparse, mla_core.prefill(q, k, v, cu, cu, sm_scale=0.2)
+        out, lse = dense
+        merged = mla_core.reduce_partials(
+            out[:, None], lse[:, None], lse_base=mla_core.LseBase.TWO, out_dtype=torch.bfloat16
+        )
+        return merged, sparse, mla_core.prefill(q, k, v, cu, cu, sm_scale=0.2)
 
     calls = captured_calls(monkeypatch, run)
     names = {str(target).split(".")[1] for target, _, _ in calls}
-    assert names == {"write_kv_cache", "decode", "sparse_decode", "prefill"}
+    assert names == {"write_kv_cache", "decode", "sparse_decode", "prefill", "reduce_partials"}
     for target, positional, keywords in calls:
         overload = target if hasattr(target, "_schema") else target.default
         results = torch.library.opcheck(overload, positional, keywords)

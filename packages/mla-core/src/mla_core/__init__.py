@@ -15,10 +15,10 @@ from mla_core.errors import (
     MLAError,
     UnsupportedProblemError,
 )
-from mla_core.ops import decode, prefill, sparse_decode, write_kv_cache
+from mla_core.ops import decode, prefill, reduce_partials, sparse_decode, write_kv_cache
 from mla_core.plan import AttentionOptions, DecodePlan, plan_decode
 from mla_core.problem import Capability, Problem
-from mla_core.reduce import LseBase, reduce_partials
+from mla_core.reduce import LseBase
 from mla_core.registry import records as backends
 from mla_core.select import explain, use_backend
 

@@ -1,0 +1,209 @@
+"""Mutation spot check: break one line at a time and see that a test notices.
+
+Each mutant is one replaced piece of source text. The package is copied to a scratch directory that
+comes first on the path, the piece is replaced there, and the named tests must fail. Run it with
+``nox -s mutants``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {name: ROOT / "packages" / name / "src" for name in ("mla-core", "mla-triton")}
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One wrong version of one file, and the tests that must notice."""
+
+    path: str
+    before: str
+    after: str
+    tests: str
+    package: str = "mla-core"
+
+
+ATTENTION = "mla_core/reference/attention.py"
+ATTEND = "mla_core/reference_backend/attend.py"
+REFERENCE_DECODE = "mla_core/reference_backend/decode.py"
+REDUCE = "mla_core/reduce.py"
+V1_2 = "mla_core/metadata/v1_2.py"
+
+MUTANTS: tuple[Mutant, ...] = (
+    # The truth: masks, sign, logarithm, sink.
+    Mutant(
+        ATTENTION,
+        "(positions <= query_positions)",
+        "(positions < query_positions)",
+        "test_reference_attention",
+    ),
+    Mutant(
+        ATTENTION,
+        "positions > query_positions - window",
+        "positions >= query_positions - window",
+        "test_reference_attention",
+    ),
+    Mutant(
+        ATTENTION,
+        "torch.arange(kv_len, device=device) * cp_world_size + cp_rank",
+        "torch.arange(kv_len, device=device) * cp_world_size - cp_rank",
+        "test_reference_attention",
+    ),
+    Mutant(ATTENTION, "* sm_scale, softcap)", "* -sm_scale, softcap)", "test_reference_attention"),
+    Mutant(
+        ATTENTION,
+        "lse = torch.logsumexp(scores, dim=-1)",
+        "lse = torch.logsumexp(scores, dim=-1) / 0.6931471805599453",
+        "test_reference_attention",
+    ),
+    Mutant(
+        ATTENTION,
+        "lse = torch.logaddexp(lse, sink.to(scores).expand_as(lse))",
+        "lse = torch.logaddexp(lse, -sink.to(scores).expand_as(lse))",
+        "test_reference_attention",
+    ),
+    # The reference backend.
+    Mutant(
+        ATTEND,
+        "decay = torch.exp(running_max - shift)",
+        "decay = torch.exp(shift - running_max)",
+        "test_reference_backend_decode",
+    ),
+    Mutant(
+        ATTEND,
+        "lse = torch.where(denom > 0, running_max + log_denom",
+        "lse = torch.where(denom > 0, running_max - log_denom",
+        "test_reference_backend_decode",
+    ),
+    Mutant(
+        ATTEND,
+        "softcap * torch.tanh(scores / softcap)",
+        "torch.tanh(scores / softcap)",
+        "test_reference_backend_decode",
+    ),
+    Mutant(
+        REFERENCE_DECODE,
+        "keys <= query_position",
+        "keys < query_position",
+        "test_reference_backend_decode",
+    ),
+    Mutant(
+        REFERENCE_DECODE,
+        "query_position[:, None] - options.window",
+        "query_position[:, None] - options.window - 1",
+        "test_reference_backend_decode",
+    ),
+    Mutant(
+        REFERENCE_DECODE,
+        "position * options.cp_world_size + options.cp_rank",
+        "position * options.cp_world_size",
+        "test_reference_backend_decode",
+    ),
+    Mutant(
+        "mla_core/reference_backend/prefill.py",
+        "(k_end - k_begin) - (q_end - token)",
+        "(k_end - k_begin) - (q_end - token) - 1",
+        "test_reference_backend_prefill",
+    ),
+    Mutant(
+        "mla_core/reference_backend/prefill.py",
+        "grad_scores * sm_scale",
+        "grad_scores",
+        "test_reference_backend_prefill",
+    ),
+    # Batches.
+    Mutant(
+        "mla_core/batch.py",
+        "(num_pages - 1).clamp(min=0) * self.page_size",
+        "num_pages * self.page_size",
+        "test_batch",
+    ),
+    # Reduce.
+    Mutant(REDUCE, "weight = exp(lse - m_safe)", "weight = exp(m_safe - lse)", "test_reduce"),
+    Mutant(REDUCE, "lse = m_safe + log(denom)", "lse = m_safe - log(denom)", "test_reduce"),
+    Mutant(
+        REDUCE,
+        "exp, log = (torch.exp2, torch.log2) if is_two else (torch.exp, torch.log)",
+        "exp, log = (torch.exp2, torch.log2)",
+        "test_reduce",
+    ),
+    Mutant(
+        "mla_core/kernels/reduce.py",
+        "lse = m + tl.log2(denom) / to_log2",
+        "lse = m + tl.log2(denom)",
+        "test_reduce",
+    ),
+    Mutant(
+        "mla_core/kernels/reduce.py",
+        "denom += tl.exp2((sink - m_safe) * to_log2)",
+        "denom += tl.exp2((m_safe - sink) * to_log2)",
+        "test_reduce",
+    ),
+    # The Triton kernels, through the interpreter.
+    Mutant(
+        "mla_triton/kernels/_math.py",
+        "limit = kv_len - (q_len - 1 - q_idx)",
+        "limit = kv_len - (q_len - q_idx)",
+        "test_decode",
+        "mla-triton",
+    ),
+    Mutant(
+        "mla_triton/kernels/_math.py",
+        "tl.cdiv(kv_len, BLOCK_N)",
+        "kv_len // BLOCK_N",
+        "test_decode",
+        "mla-triton",
+    ),
+)
+
+
+def main() -> int:
+    """Check every mutant; return the number that survived."""
+    survivors = 0
+    for number, mutant in enumerate(MUTANTS, start=1):
+        is_caught = _is_caught(mutant)
+        survivors += not is_caught
+        verdict = "caught  " if is_caught else "SURVIVED"
+        print(f"{number:3} {verdict} {mutant.path}: {mutant.before!r} -> {mutant.after!r}")
+    print(f"{len(MUTANTS) - survivors} caught, {survivors} survived")
+    return survivors
+
+
+def _is_caught(mutant: Mutant) -> bool:
+    with tempfile.TemporaryDirectory() as scratch:
+        copied = Path(scratch) / "src"
+        shutil.copytree(SOURCES[mutant.package], copied)
+        target = copied / mutant.path
+        source = target.read_text(encoding="utf-8")
+        if source.count(mutant.before) != 1:
+            raise SystemExit(
+                f"{mutant.path}: {mutant.before!r} must occur once, "
+                f"found {source.count(mutant.before)}; update tools/mutation_check.py"
+            )
+        target.write_text(source.replace(mutant.before, mutant.after), encoding="utf-8")
+        tests = ROOT / "packages" / mutant.package / "tests" / f"{mutant.tests}.py"
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(tests)]
+        path = os.pathsep.join(filter(None, [str(copied), os.environ.get("PYTHONPATH", "")]))
+        finished = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    # 1: tests failed. Anything else (0 passed, 2 collection error, 4 usage) is not a catch.
+    if finished.returncode not in (0, 1):
+        raise SystemExit(f"pytest exited with {finished.returncode}:\n{finished.stdout[-2000:]}")
+    return finished.returncode == 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
