@@ -10,7 +10,7 @@ import mla_core
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "MLA kernels"
-copyright = "The MLA kernels authors"  # noqa: A001
+copyright = "The MLA kernels authors"
 author = "The MLA kernels authors"
 release = version = mla_core.__version__
 

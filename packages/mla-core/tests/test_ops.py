@@ -92,7 +92,7 @@ def test_missing_tensors_are_refused():
     options = AttentionOptions(cp_world_size=2)
     with pytest.raises(LayoutError, match="global_kv_lens must be given if and only if"):
         mla_core.decode(**make(options=options))
-    with pytest.raises(LayoutError, match="q_scale must be given for torch.float8_e4m3fn queries"):
+    with pytest.raises(LayoutError, match=r"q_scale must be given for torch.float8_e4m3fn queries"):
         mla_core.decode(**make(dtype=torch.float8_e4m3fn))
 
 
@@ -196,7 +196,11 @@ def test_reduce_partials_compiles(ragged):
     partial_out, partial_lse = torch.randn(6, 4, 8), torch.randn(6, 4)
     index = {"reduce_indptr": i32(0, 4, 4, 6), "partial_map": i32(5, 1, 2, 0, 3, 4)}
     if not ragged:
-        partial_out, partial_lse, index = partial_out.view(2, 3, 4, 8), partial_lse.view(2, 3, 4), {}
+        partial_out, partial_lse, index = (
+            partial_out.view(2, 3, 4, 8),
+            partial_lse.view(2, 3, 4),
+            {},
+        )
     sink = torch.randn(4)
     torch._dynamo.reset()
     compiled = torch.compile(mla_core.reduce_partials, fullgraph=True, backend="aot_eager")

@@ -65,7 +65,8 @@ class PagedKV:
         _index_array("PagedKV", "kv_last_page_len", kv_last_page_len, device)
         if kv_indptr.numel() < 1:
             raise LayoutError(
-                "PagedKV: kv_indptr must be [batch_size + 1] with at least one entry, got shape (0,)"
+                "PagedKV: kv_indptr must be [batch_size + 1] with at least one entry, "
+                "got shape (0,)"
             )
         batch_size = kv_indptr.numel() - 1
         if kv_last_page_len.numel() != batch_size:
@@ -162,9 +163,10 @@ class PagedKV:
         high = low * self.cache.page_size
         bad = (self.kv_last_page_len < low) | (self.kv_last_page_len > high)
         if bool(bad.any()):
+            where = int(bad.int().argmax())
             raise LayoutError(
                 f"PagedKV: kv_last_page_len must be in 1..{self.cache.page_size} for requests with "
-                f"pages and 0 for the others, got a value outside at request {int(bad.int().argmax())}"
+                f"pages and 0 for the others, got a value outside at request {where}"
             )
 
     @property
@@ -230,7 +232,9 @@ def indptr_of(counts: torch.Tensor) -> torch.Tensor:
     return indptr
 
 
-def check_qo_indptr(op: str, qo_indptr: torch.Tensor, batch_size: int, device: torch.device) -> None:
+def check_qo_indptr(
+    op: str, qo_indptr: torch.Tensor, batch_size: int, device: torch.device
+) -> None:
     """Check the prefix sums of query tokens against a batch.
 
     Raises

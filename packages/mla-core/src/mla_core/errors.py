@@ -16,7 +16,7 @@ class LayoutError(MLAError, ValueError):
 
 
 class BackendUnavailableError(MLAError, RuntimeError):
-    """A backend is missing, broken, or cannot run on this machine; the message says which and why."""
+    """A backend is missing, broken, or cannot run on this machine; the message says why."""
 
 
 class UnsupportedProblemError(MLAError, NotImplementedError):

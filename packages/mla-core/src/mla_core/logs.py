@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+from typing import TextIO
 
 from mla_core import env
 
 LEVELS = ("debug", "info", "warning", "error")
 
 logger = logging.getLogger("mla_core")
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Marks the handler that `configure` made, and may reformat."""
 
 
 def configure() -> None:
@@ -20,12 +25,10 @@ def configure() -> None:
     logger.setLevel(env.choice("MLA_LOG_LEVEL", LEVELS).upper())
     source = " (%(pathname)s:%(lineno)d)" if env.flag("MLA_LOG_SOURCE") else ""
     formatter = logging.Formatter(f"%(name)s %(levelname)s %(message)s{source}")
-    ours = [handler for handler in logger.handlers if getattr(handler, "is_mla_core", False)]
+    ours = [handler for handler in logger.handlers if isinstance(handler, _Handler)]
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.is_mla_core = True  # type: ignore[attr-defined]
-        logger.addHandler(handler)
-        ours = [handler]
+        ours = [_Handler()]
+        logger.addHandler(ours[0])
     for handler in ours:
         handler.setFormatter(formatter)
 

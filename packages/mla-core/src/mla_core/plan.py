@@ -60,8 +60,9 @@ class AttentionOptions:
             raise LayoutError(f"AttentionOptions: softcap must be >= 0, got {self.softcap}")
         if not 0 <= self.cp_rank < self.cp_world_size:
             raise LayoutError(
-                f"AttentionOptions: cp_rank must be in 0..cp_world_size - 1 with cp_world_size >= 1,"
-                f" got cp_rank={self.cp_rank}, cp_world_size={self.cp_world_size}"
+                "AttentionOptions: cp_rank must be in 0..cp_world_size - 1 with "
+                "cp_world_size >= 1, "
+                f"got cp_rank={self.cp_rank}, cp_world_size={self.cp_world_size}"
             )
 
     @property

@@ -144,7 +144,7 @@ class Capability:
     verified: tuple[Verified, ...] = ()
 
     def why_not(self, problem: Problem) -> list[str]:
-        """Return one reason per mismatch, such as ``num_heads=12 (needs 16, 128)``; [] means yes."""
+        """Return one reason per mismatch, ``num_heads=12 (needs 16, 128)``; [] means yes."""
         if problem.op != self.op:
             return [f"op={problem.op} (needs {self.op})"]
         dims = problem.dims
@@ -180,5 +180,5 @@ def describe_values(values: Iterable[object]) -> str:
     """Say in a few words which values are accepted: ``1..128``, ``16, 64`` or ``none``."""
     if isinstance(values, range) and values.step == 1:
         return f"{values.start}..{values.stop - 1}"
-    listed = sorted(values, key=lambda value: (str(type(value)), value))  # type: ignore[type-var,return-value]
+    listed = sorted(values, key=lambda value: (str(type(value)), value))
     return ", ".join(map(str, listed)) or "none"

@@ -81,7 +81,7 @@ def select(problem: Problem, backend: str | None = None) -> Choice:
     rejected: list[Verdict] = []
     for name in candidates:
         if named:
-            registry.record(name).require().probe(problem.arch)
+            _probe(registry.record(name).require(), problem.arch)
         verdict, capability = _judge(name, problem, is_named=bool(named))
         if capability is not None:
             chosen = registry.record(name).require()
@@ -104,6 +104,29 @@ def explain(problem: Problem, backend: str | None = None) -> Explanation:
         return Explanation(problem, None, verdicts, str(exc))
 
 
+def probe_failure(backend: Backend, arch: str) -> str | None:
+    """Return why a backend cannot run on this machine for an architecture; ``None`` if it can."""
+    try:
+        _probe(backend, arch)
+    except BackendUnavailableError as exc:
+        return str(exc)
+    return None
+
+
+def _probe(backend: Backend, arch: str) -> None:
+    """Run a backend's probe; whatever it raises comes out as `BackendUnavailableError`."""
+    try:
+        backend.probe(arch)
+    except BackendUnavailableError:
+        raise
+    # Third-party code: a driver that fails to load may raise anything, and one broken backend
+    # must not end the search. The cause stays in the message and in the chain.
+    except Exception as exc:
+        raise BackendUnavailableError(
+            f"backend {backend.name!r}: its probe failed on {arch}: {type(exc).__name__}: {exc}"
+        ) from exc
+
+
 def _named(backend: str | None) -> tuple[tuple[str, ...], str]:
     if backend is not None:
         return (backend,), f"backend={backend!r} was passed"
@@ -114,9 +137,7 @@ def _named(backend: str | None) -> tuple[tuple[str, ...], str]:
     return (), "automatic choice by priority"
 
 
-def _judge(
-    name: str, problem: Problem, *, is_named: bool
-) -> tuple[Verdict, Capability | None]:
+def _judge(name: str, problem: Problem, *, is_named: bool) -> tuple[Verdict, Capability | None]:
     """Ask one backend; the capability is its first row without a reason against it."""
     record = registry.record(name)
     if record.backend is None:
@@ -125,10 +146,8 @@ def _judge(
     rows = [row for row in backend.capabilities if row.op == problem.op]
     if not rows:
         return Verdict(name, None, (f"offers no {problem.op}",)), None
-    try:
-        backend.probe(problem.arch)
-    except BackendUnavailableError as exc:
-        return Verdict(name, None, (str(exc),)), None
+    if failure := probe_failure(backend, problem.arch):
+        return Verdict(name, None, (failure,)), None
     closest: list[str] | None = None
     for row in rows:
         reasons = row.why_not(problem)

@@ -28,9 +28,7 @@ def check_queries(
     check_tensor(op, "q_pe", q_pe, shape=pe_shape, dtypes=dtypes, device=device)
 
 
-def check_sink(
-    op: str, sink: torch.Tensor | None, num_heads: int, device: torch.device
-) -> None:
+def check_sink(op: str, sink: torch.Tensor | None, num_heads: int, device: torch.device) -> None:
     """Check an attention sink, if any."""
     if sink is not None:
         fp32 = (torch.float32,)

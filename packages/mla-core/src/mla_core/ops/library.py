@@ -42,8 +42,8 @@ def flatten_dims(dims: MLADims) -> list[int]:
 
 def restore_dims(numbers: list[int]) -> MLADims:
     """Invert `flatten_dims`."""
-    *widths, value_includes_rope = numbers
-    return MLADims(*widths, value_includes_rope=bool(value_includes_rope))
+    heads, rank, rope, nope, v_head, value_includes_rope = numbers
+    return MLADims(heads, rank, rope, nope, v_head, bool(value_includes_rope))
 
 
 def flatten_cache(

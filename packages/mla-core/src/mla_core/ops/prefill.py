@@ -99,10 +99,10 @@ def _check(
         )
     v_shape = (k.shape[0], k.shape[1], "v_head_dim")
     check_tensor(op, "v", v, shape=v_shape, dtypes=dtypes, device=device)
-    shape, int32 = ("batch_size + 1",), (torch.int32,)
-    check_tensor(op, "cu_seqlens_q", cu_seqlens_q, shape=shape, dtypes=int32, device=device)
-    shape = cu_seqlens_q.shape
-    check_tensor(op, "cu_seqlens_k", cu_seqlens_k, shape=shape, dtypes=int32, device=device)
+    int32 = (torch.int32,)
+    any_size, same_size = ("batch_size + 1",), cu_seqlens_q.shape
+    check_tensor(op, "cu_seqlens_q", cu_seqlens_q, shape=any_size, dtypes=int32, device=device)
+    check_tensor(op, "cu_seqlens_k", cu_seqlens_k, shape=same_size, dtypes=int32, device=device)
 
 
 def _check_values(op: str, name: str, cu_seqlens: torch.Tensor, total: int) -> None:

@@ -46,11 +46,11 @@ def write_kv_cache(
     """
     dims, device = cache.dims, cache.device
     op = "write_kv_cache"
-    shape = ("num_tokens", dims.kv_lora_rank)
-    check_tensor(op, "kv_c", kv_c, shape=shape, dtypes=_ROW_DTYPES, device=device)
+    c_shape = ("num_tokens", dims.kv_lora_rank)
+    check_tensor(op, "kv_c", kv_c, shape=c_shape, dtypes=_ROW_DTYPES, device=device)
     num_tokens = kv_c.shape[0]
-    shape = (num_tokens, dims.qk_rope_head_dim)
-    check_tensor(op, "k_pe", k_pe, shape=shape, dtypes=(kv_c.dtype,), device=device)
+    pe_shape = (num_tokens, dims.qk_rope_head_dim)
+    check_tensor(op, "k_pe", k_pe, shape=pe_shape, dtypes=(kv_c.dtype,), device=device)
     int64 = (torch.int64,)
     check_tensor(op, "slots", slots, shape=(num_tokens,), dtypes=int64, device=device)
     if torch.compiler.is_compiling():

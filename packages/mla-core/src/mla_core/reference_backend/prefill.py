@@ -128,4 +128,5 @@ def _per_query_head(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 def _sum_groups(grad: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """Sum the gradients of the query heads that share a kv head."""
-    return grad.unflatten(1, (num_kv_heads, -1)).sum(2)
+    tokens, _, dim = grad.shape
+    return grad.view(tokens, num_kv_heads, -1, dim).sum(2)

@@ -32,9 +32,7 @@ def sparse_decode(
     slots = torch.where(is_valid, slots, -1)
     sink_rows = None if sink is None else sink.float()
     for t in range(queries.shape[0]):
-        tiles = (
-            (read_rows(cache, tile), (tile >= 0)[None]) for tile in slots[t].split(TILE)
-        )
+        tiles = ((read_rows(cache, tile), (tile >= 0)[None]) for tile in slots[t].split(TILE))
         row_out, row_lse = attend(
             queries[t], tiles, value_dim=cache.dims.value_dim, softcap=softcap, sink=sink_rows
         )

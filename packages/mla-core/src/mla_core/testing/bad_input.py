@@ -158,9 +158,7 @@ BAD_INPUTS: tuple[BadInput, ...] = (
         lambda: _cache("shuffled_bf16", page_size=24),
         "page_size must be",
     ),
-    BadInput(
-        "a per-tensor fp8 cache without its scale", lambda: _cache("fp8"), "scale must be"
-    ),
+    BadInput("a per-tensor fp8 cache without its scale", lambda: _cache("fp8"), "scale must be"),
     BadInput(
         "a cache buffer of another shape",
         lambda: LatentCache.bind("bf16", _DIMS, 16, torch.zeros(4, 16, 512).bfloat16()),

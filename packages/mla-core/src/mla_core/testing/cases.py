@@ -37,7 +37,7 @@ class DecodeCase:
     page_size: int = 16
     q_dtype: str = "bf16"
     layout: str = "bf16"
-    options: AttentionOptions = AttentionOptions()
+    options: AttentionOptions = field(default_factory=AttentionOptions)
     has_sink: bool = False
     num_kv_splits: int | None = None
     hidden_page: bool = False
@@ -54,7 +54,7 @@ class DecodeCase:
         )
 
     def problem(self, arch: str) -> Problem:
-        """The question this case asks of a backend."""
+        """Return the question this case asks of a backend."""
         layout = layouts.get(self.layout)
         features = {"lse", *self.options.features} | ({"sink"} if self.has_sink else set())
         return Problem(
@@ -110,8 +110,10 @@ def _build(case: DecodeCase, device: torch.device) -> DecodeInputs:
     # A wild tail is legal, but the value check of the CPU must not see it as live.
     kv_page_indices = torch.cat((page_ids, tail))
     kv_last_page_len = torch.tensor(
-        [length - max(pages - 1, 0) * page_size for length, pages in
-         zip(case.kv_lens, pages_needed, strict=True)],
+        [
+            length - max(pages - 1, 0) * page_size
+            for length, pages in zip(case.kv_lens, pages_needed, strict=True)
+        ],
         dtype=torch.int32,
     )
     layout = layouts.get(case.layout)

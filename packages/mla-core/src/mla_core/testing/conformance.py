@@ -52,13 +52,8 @@ DECODE_CASES: tuple[DecodeCase, ...] = _one_per_seed(
         DecodeCase("queries_longer_than_context", (3, 1), (5, 4)),
         DecodeCase("request_without_queries", (20, 30, 40), (1, 0, 2)),
         DecodeCase("absorbed_prefill", (40, 64), (40, 33), dims=MLADims(4)),
-        DecodeCase(
-            "non_causal", (37, 9, 70), (4, 1, 3), options=AttentionOptions(causal=False)
-        ),
-        *(
-            DecodeCase("splits", (300, 17, 0, 1), num_kv_splits=splits)
-            for splits in (1, 2, 7, 64)
-        ),
+        DecodeCase("non_causal", (37, 9, 70), (4, 1, 3), options=AttentionOptions(causal=False)),
+        *(DecodeCase("splits", (300, 17, 0, 1), num_kv_splits=splits) for splits in (1, 2, 7, 64)),
         DecodeCase("splits", (130, 17), (3, 2), num_kv_splits=5, page_size=1),
         DecodeCase("shared_page", (40, 60), shared_pages=True),
         DecodeCase("hidden_page", (40, 60), hidden_page=True),
@@ -115,9 +110,7 @@ def decode_cases(backend: str, arch: str) -> tuple[DecodeCase, ...]:
     """Return the cases a backend claims on an architecture."""
     rows = registry.record(backend).require().capabilities
     return tuple(
-        case
-        for case in DECODE_CASES
-        if any(not row.why_not(case.problem(arch)) for row in rows)
+        case for case in DECODE_CASES if any(not row.why_not(case.problem(arch)) for row in rows)
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -44,8 +45,8 @@ def poisoned_empty() -> Iterator[None]:
         )
     }
 
-    def poisoning(original):  # type: ignore[no-untyped-def]
-        def allocate(*args, **kwargs):  # type: ignore[no-untyped-def]
+    def poisoning(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
             return poison_(original(*args, **kwargs))
 
         return allocate
