@@ -1,0 +1,76 @@
+"""A picture of benchmark rows: time over context length, one panel for each kind of case."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from mla_core.bench.cases import BenchCase, parse_case
+from mla_core.bench.rows import Row
+from mla_core.errors import BackendUnavailableError
+
+_MARKERS = "osD^vP*X"
+
+
+def plot(rows: Iterable[Row], path: Path) -> None:
+    """Write a PNG.
+
+    Each panel holds the rows that share op, dtypes, heads, query tokens, page size and extras.
+    Colour is the contender, marker the batch size; the grey line is the time at the ceiling.
+
+    Raises
+    ------
+    BackendUnavailableError
+        matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise BackendUnavailableError(
+            'bench: --plot draws with matplotlib; pip install "mla-core[plot]"'
+        ) from exc
+    panels = _panels(rows)
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // max(columns, 1))
+    figure = Figure(figsize=(5.5 * max(columns, 1), 4.2 * max(lines, 1)), layout="constrained")
+    colours: dict[str, str] = {}
+    for number, (title, curves) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(lines, columns, number)
+        for (contender, batch_index, batch_size), points in curves.items():
+            colour = colours.setdefault(contender, f"C{len(colours)}")
+            contexts = [case.context for case, _ in points]
+            axes.plot(
+                contexts,
+                [row.median_us for _, row in points],
+                color=colour,
+                marker=_MARKERS[batch_index % len(_MARKERS)],
+                label=f"{contender}, batch {batch_size}",
+            )
+            floor = [row.share * row.median_us for _, row in points]
+            axes.plot(contexts, floor, color="0.7", linestyle=":", zorder=0)
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("cached tokens per request")
+        axes.set_ylabel("median time of a call, us (dotted: ceiling)")
+        axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+_Curve = tuple[str, int, int]
+
+
+def _panels(rows: Iterable[Row]) -> dict[str, dict[_Curve, list[tuple[BenchCase, Row]]]]:
+    """Group rows by panel title, then by (contender, index of the batch size, batch size)."""
+    parsed = [(parse_case(row.case), row) for row in rows]
+    batches = sorted({case.batch_size for case, _ in parsed})
+    panels: dict[str, dict[_Curve, list[tuple[BenchCase, Row]]]] = {}
+    for case, row in sorted(parsed, key=lambda pair: (pair[0].batch_size, pair[0].context)):
+        parts = str(case).split("/")
+        title = "/".join(part for part in parts if part[0] not in "bs" or not part[1:].isdigit())
+        contender = row.backend + (" (graph)" if row.graph else "")
+        curve = (contender, batches.index(case.batch_size), case.batch_size)
+        panels.setdefault(title, defaultdict(list))[curve].append((case, row))
+    return panels
