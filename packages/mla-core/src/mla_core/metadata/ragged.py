@@ -58,19 +58,7 @@ def ragged(
         A tensor or a granularity is not what planners take; the message names it.
     """
     check_units(op, page_size=page_size, kv_granularity=kv_granularity)
-    check_index_tensors(op, qo_indptr, kv_indptr, kv_last_page_len)
-    for name, tensor in (
-        ("qo_indptr", qo_indptr),
-        ("kv_indptr", kv_indptr),
-        ("kv_last_page_len", kv_last_page_len),
-    ):
-        if tensor.device.type != "cpu":
-            raise LayoutError(
-                f"{op}: {name} must be on the CPU, got {tensor.device}; plan on the device with "
-                "plan_v1_2_device, or pass a host copy"
-            )
-    for name, indptr in (("qo_indptr", qo_indptr), ("kv_indptr", kv_indptr)):
-        check_rises(op, name, indptr)
+    check_host_tensors(op, qo_indptr, kv_indptr, kv_last_page_len)
     kv, qo = kv_indptr.long(), qo_indptr.long()
     kv_start, kv_pages = kv[:-1], kv.diff()
     last = torch.ones_like(kv_start)
@@ -114,8 +102,42 @@ def check_one_kv_head(op: str, num_heads_k: int) -> None:
         )
 
 
+def check_host_tensors(
+    op: str,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    lengths: torch.Tensor,
+    lengths_name: str = "kv_last_page_len",
+) -> None:
+    """Check the index tensors of a host planner, and that the prefix sums are some.
+
+    Raises
+    ------
+    LayoutError
+    """
+    check_index_tensors(op, qo_indptr, kv_indptr, lengths, lengths_name)
+    named = (("qo_indptr", qo_indptr), ("kv_indptr", kv_indptr), (lengths_name, lengths))
+    for name, tensor in named:
+        if tensor.device.type != "cpu":
+            raise LayoutError(
+                f"{op}: {name} must be on the CPU, got {tensor.device}; pass a host copy, or plan "
+                "on the device with plan_v1_2_device"
+            )
+    for name, indptr in named[:2]:
+        if int(indptr[0]) != 0:
+            raise LayoutError(f"{op}: {name} must start at 0, got {int(indptr[0])}")
+        falls = indptr.diff() < 0
+        if bool(falls.any()):
+            where = int(falls.int().argmax()) + 1
+            raise LayoutError(f"{op}: {name} must not decrease, got a smaller value at {where}")
+
+
 def check_index_tensors(
-    op: str, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor
+    op: str,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    lengths: torch.Tensor,
+    lengths_name: str = "kv_last_page_len",
 ) -> None:
     """Check rank, dtype, contiguity and length of the index tensors, without reading them.
 
@@ -126,7 +148,7 @@ def check_index_tensors(
     for name, tensor in (
         ("qo_indptr", qo_indptr),
         ("kv_indptr", kv_indptr),
-        ("kv_last_page_len", kv_last_page_len),
+        (lengths_name, lengths),
     ):
         if tensor.ndim != 1 or tensor.dtype != torch.int32 or not tensor.is_contiguous():
             raise LayoutError(
@@ -138,23 +160,8 @@ def check_index_tensors(
             f"{op}: qo_indptr and kv_indptr must both be [batch_size + 1], got "
             f"{tuple(qo_indptr.shape)} and {tuple(kv_indptr.shape)}"
         )
-    if kv_last_page_len.numel() != kv_indptr.numel() - 1:
+    if lengths.numel() != kv_indptr.numel() - 1:
         raise LayoutError(
-            f"{op}: kv_last_page_len must be [batch_size]=({kv_indptr.numel() - 1},), got "
-            f"{tuple(kv_last_page_len.shape)}"
+            f"{op}: {lengths_name} must be [batch_size]=({kv_indptr.numel() - 1},), got "
+            f"{tuple(lengths.shape)}"
         )
-
-
-def check_rises(op: str, name: str, indptr: torch.Tensor) -> None:
-    """Check that prefix sums start at 0 and never decrease.
-
-    Raises
-    ------
-    LayoutError
-    """
-    if int(indptr[0]) != 0:
-        raise LayoutError(f"{op}: {name} must start at 0, got {int(indptr[0])}")
-    falls = indptr.diff() < 0
-    if bool(falls.any()):
-        where = int(falls.int().argmax()) + 1
-        raise LayoutError(f"{op}: {name} must not decrease, got a smaller value at {where}")

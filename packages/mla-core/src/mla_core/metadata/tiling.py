@@ -95,6 +95,9 @@ NARROW_TILES: tuple[Rule, ...] = (
     Rule(_950, _FP8, {32}, q_lens={3}),
 )
 
+#: Pieces of every request under equal splitting, where a kernel family fixes them.
+FIXED_SPLITS: dict[str, int] = {"gfx942": 16}
+
 #: Shapes whose kernel runs two workgroups on one compute unit.
 TWO_PER_CU: tuple[Rule, ...] = (Rule(_950, _FP8, rows={64}, experimental=True),)
 

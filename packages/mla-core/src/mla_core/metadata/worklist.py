@@ -116,7 +116,8 @@ class WorkList:
                 )
         split = info[info[:, PARTIAL_QO_LOC] >= 0]
         # Head groups of one KV range share a partial row: the buffers have a head dimension.
-        rows, begins, ends = split[:, [PARTIAL_QO_LOC, QO_START, QO_END]].unique(dim=0).unbind(1)
+        pieces = split[:, [PARTIAL_QO_LOC, QO_START, QO_END]]
+        rows, begins, ends = torch.unique(pieces, dim=0).unbind(1)
         if bool((rows[1:] < (rows + ends - begins)[:-1]).any()):
             raise LayoutError("WorkList: partial rows must not overlap, got two pieces that do")
         counts = self.reduce_indptr.diff().long()
