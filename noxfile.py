@@ -129,7 +129,8 @@ def build(session: nox.Session) -> None:
     files = sorted(map(str, DIST.iterdir()))
     dev(session, "twine", "check", "--strict", *files)
     with_modules = [file for file in files if file.endswith(".whl") and "mla_kernels" not in file]
-    dev(session, "check-wheel-contents", *with_modules)
+    # W002 are equal files: catalogs without a row differ in nothing.
+    dev(session, "check-wheel-contents", "--ignore", "W002", *with_modules)
     for requirement in (*environment.PACKAGES[:-1], "mla-kernels[all]"):
         place = ROOT / ".nox" / f"wheel-{requirement.partition('[')[0]}"
         environment.create(place)
