@@ -295,3 +295,57 @@ def test_check_slots_reads_them_everywhere_under_mla_check(monkeypatch: pytest.M
     cache = LatentCache.allocate("bf16", DIMS, 2, 4)
     with pytest.raises(LayoutError, match="slots must be below 8"):
         cache.read(torch.tensor([9]))
+
+
+def _cache_of(name: str, device: str = "cpu") -> tuple[LatentCache, torch.Tensor, torch.Tensor]:
+    """Return a cache of three pages and four rows that fit it."""
+    layout = layouts.get(name)
+    rank, rope = layout.only or (512, 64)
+    dims = MLADims(8, kv_lora_rank=rank, qk_rope_head_dim=rope)
+    scale = SCALE.to(device) if layout.needs_scale else None
+    page_size = 2 * layout.page_multiple
+    cache = LatentCache.allocate(layout, dims, 3, page_size, scale=scale, device=device)
+    kv_c, k_pe = rows(4, dims)
+    return cache, kv_c.to(device), k_pe.to(device)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8_ds656", "v4_nm", "shuffled_fp8", "nvfp4_shuffled"])
+def test_write_and_read_compile_whole(name: str) -> None:
+    cache, kv_c, k_pe = _cache_of(name)
+    slots = torch.tensor([5, -1, 0, 2])
+
+    def step(kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cache.write(kv_c, k_pe, slots)
+        return cache.read(slots)
+
+    torch.compiler.reset()
+    got = torch.compile(step, backend="eager", fullgraph=True)(kv_c, k_pe)
+    held = [buffer.view(torch.uint8).clone() for buffer in cache.buffers]
+    for part, expected in zip(got, step(kv_c, k_pe), strict=True):
+        assert torch.equal(part, expected)
+    for buffer, bytes_then in zip(cache.buffers, held, strict=True):
+        assert torch.equal(buffer.view(torch.uint8), bytes_then)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", layouts.names())
+def test_captured_write_never_waits_for_the_device(name: str) -> None:
+    """A graph captured with one set of slots replays with another, skipped rows included."""
+    cache, kv_c, k_pe = _cache_of(name, "cuda")
+    reference, *_ = _cache_of(name)
+    slots = torch.tensor([0, 1, 2, 3], device="cuda")
+    cache.write(kv_c, k_pe, slots)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.write(kv_c, k_pe, slots)
+    for values in ([4, -1, 5, 0], [-1, -1, -1, -1]):
+        for buffer in cache.buffers:
+            buffer.view(torch.uint8).fill_(0)
+        for buffer in reference.buffers:
+            buffer.view(torch.uint8).fill_(0)
+        slots.copy_(torch.tensor(values))
+        graph.replay()
+        reference.write(kv_c.cpu(), k_pe.cpu(), torch.tensor(values))
+        every = torch.arange(cache.num_slots)
+        for got, want in zip(cache.read(every.cuda()), reference.read(every), strict=True):
+            torch.testing.assert_close(got.cpu(), want, rtol=2e-7, atol=0)

@@ -10,7 +10,6 @@ import torch
 from mla_core import layouts
 from mla_core.dims import MLADims
 from mla_core.layouts.codecs import (
-    FP4_VALUES,
     GroupScaled,
     NvFp4,
     PerTensor,
@@ -20,6 +19,8 @@ from mla_core.layouts.codecs import (
     fp4_encode,
 )
 from mla_core.reference import quant
+
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("fp8_e4m3", 448.0), ("fp8_e4m3fnuz", 240.0)])
@@ -155,3 +156,11 @@ def test_nan_in_a_row_stays_in_its_group() -> None:
     assert not got[0, :128].isnan().any()
     assert not got[0, 256:].isnan().any()
     assert not rope.isnan().any()
+
+
+@pytest.mark.parametrize(("name", "limit"), [("indexer", 448), ("indexer_shuffled_fnuz", 240)])
+def test_indexer_scales_have_a_floor(name: str, limit: int) -> None:
+    keys = torch.zeros(2, 128)
+    keys[1, 7] = limit
+    stored = layouts.get(name).quantise(keys, torch.zeros(2, 0))
+    assert stored["kv_c_scale"].flatten().tolist() == pytest.approx([1e-4 / limit, 1.0])

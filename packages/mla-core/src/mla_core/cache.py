@@ -285,7 +285,7 @@ def _canonical(
             f"{where} must start and step from page to page at multiples of {alignment} bytes, got "
             f"start {start * size} and page stride {page_stride * size}"
         )
-    pages = buffer.as_strided((num_pages, count), (page_stride, 1), start)
+    pages = buffer.as_strided((num_pages, count), (page_stride, 1))
     return pages.view(dtype).view(spec.shape)
 
 

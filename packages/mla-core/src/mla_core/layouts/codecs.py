@@ -17,8 +17,6 @@ from mla_core.dtypes import fp8_max, torch_dtype
 E8M0_MIN = 1e-4
 FP32_MIN = torch.finfo(torch.float32).tiny
 FP4_MAX = 6.0
-#: The eight magnitudes of e2m1, by code.
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,19 +211,23 @@ def e8m0_value(byte: torch.Tensor) -> torch.Tensor:
 
 
 def fp4_encode(x: torch.Tensor) -> torch.Tensor:
-    """Round fp32 to e2m1 codes 0..15 (sign in bit 3), ties to even, saturating at 6."""
-    values = torch.tensor(FP4_VALUES, device=x.device)
-    midpoints = (values[1:] + values[:-1]) / 2
-    # bucketize sends a tie down; above an odd code it must go up, to the even one.
-    midpoints[1::2] = midpoints[1::2].nextafter(values[:1])
-    code = torch.bucketize(x.abs(), midpoints, out_int32=True).to(torch.uint8)
+    """Round fp32 to e2m1 codes 0..15 (sign in bit 3), ties to even, saturating at 6.
+
+    Magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4, 6: steps of a half below 2, of 1 below 4, then of 2. In
+    each range ``round``, which sends ties to even, sends them to the even code as well. (A lookup
+    table would be copied from the host at each call, which a graph capture refuses.)
+    """
+    a = x.abs().clamp(max=FP4_MAX)
+    upper = torch.where(a < 4, 2 + a.round(), 4 + (a / 2).round())
+    code = torch.where(a < 2, (2 * a).round(), upper).to(torch.uint8)
     return code | (x.signbit().to(torch.uint8) << 3)
 
 
 def fp4_decode(code: torch.Tensor) -> torch.Tensor:
     """Return the fp32 value of e2m1 codes 0..15."""
-    values = torch.tensor(FP4_VALUES, device=code.device)
-    return torch.cat((values, -values))[code.long()]
+    c = (code & 7).float()
+    magnitude = torch.where(c < 4, c / 2, torch.where(c < 6, c - 2, 2 * c - 8))
+    return torch.where(code >= 8, -magnitude, magnitude)
 
 
 def _grouped(x: torch.Tensor, group: int) -> torch.Tensor:

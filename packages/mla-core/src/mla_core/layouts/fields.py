@@ -122,7 +122,7 @@ class Field:
         typed = reinterpret(page_bytes.view(shape[0], page_bytes[0].numel()), self.dtype)
         size = itemsize(self.dtype)
         strides = (typed.stride(0), *(digit.stride // size for digit in digits))
-        return typed.as_strided(shape, strides, typed.storage_offset() + self.base // size)
+        return typed[:, self.base // size :].as_strided(shape, strides)
 
     def put(self, page_bytes: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
         """Store ``values`` [T, width] at ``slots`` [T], int64; -1 skips a row.
@@ -168,22 +168,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reinterpret(pages: torch.Tensor, dtype: str) -> torch.Tensor:
-    """View 2-D ``[num_pages, n]`` memory as another dtype, keeping the page stride.
-
-    Raises
-    ------
-    LayoutError
-        The start or the page stride is not a multiple of the item size.
-    """
-    size = itemsize(dtype)
-    stride, start = (n * pages.element_size() for n in (pages.stride(0), pages.storage_offset()))
-    if (stride % size and pages.shape[0] > 1) or start % size:
-        raise LayoutError(
-            f"layout: page stride and start must be multiples of {size} bytes ({dtype}), got "
-            f"{stride} and {start}; pad the pages"
-        )
-    if pages.shape[0] <= 1:  # the stride of a single page is arbitrary, but view() checks it
-        pages = pages.as_strided(pages.shape, (pages.shape[1], 1), pages.storage_offset())
+    """View 2-D ``[num_pages, n]`` memory as another dtype, keeping the page stride."""
+    if pages.shape[0] == 1:  # the stride of a single page is arbitrary, but view() checks it
+        pages = pages.as_strided(pages.shape, (pages.shape[1], 1))
     return pages.view(torch_dtype(dtype))
 
 

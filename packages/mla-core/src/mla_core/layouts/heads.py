@@ -180,7 +180,7 @@ class HeadLayout:
         heads = torch.arange(num_heads, device=slots.device)
         block = (slots // page_size)[:, None] * num_heads + heads
         where = block * page_size + (slots % page_size)[:, None]
-        return buffer.flatten(0, 1), torch.where(slots[:, None] < 0, -1, where).flatten()
+        return buffer.flatten(0, 1), where.flatten()
 
     def _scales(
         self, scales: tuple[torch.Tensor, torch.Tensor] | None

@@ -249,8 +249,6 @@ class Layout:
         """
         offsets = torch.arange(page_size, device=pages.device)
         slots = pages.long()[:, None] * page_size + offsets
-        # A negative page may be any negative number, and its last slots must stay negative too.
-        slots = torch.where(pages[:, None] < 0, -1, slots)
         kv_c, k_pe = self.unpack(buffers, slots.flatten(), dims, page_size, scale, dtype)
         rank, rope = dims.kv_lora_rank, dims.qk_rope_head_dim
         return kv_c.reshape(*slots.shape, rank), k_pe.reshape(*slots.shape, rope)
