@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mla_core.errors import BackendUnavailableError, LayoutError
 from mla_core.reduce import LseBase, reduce_partials, reduce_tiles
 
@@ -19,23 +20,6 @@ BACKENDS = [
     pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton")),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _interpreted():
-    if HAS_TRITON and DEVICE == "cpu":
-        from mla_core.testing import interpreter
-
-        interpreter.enable()
-
-
-@pytest.fixture
-def seed(request):
-    """A fresh seed for each run, shown when a test fails."""
-    value = torch.seed() % 2**32
-    print("seed", value)
-    torch.manual_seed(value)
-    return value
 
 
 def partials(*shape, value_dim=32, empty_share=0.3):
@@ -302,6 +286,6 @@ def test_triton_wants_a_gpu_or_the_interpreter(monkeypatch):
 
 
 def test_triton_missing(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("mla_core.reduce._has_triton", lambda: False)
     with pytest.raises(BackendUnavailableError, match="needs triton; pip install"):
         reduce_partials(**GOOD, backend="triton")

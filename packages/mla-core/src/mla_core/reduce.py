@@ -13,6 +13,7 @@ partial with ``lse = -inf`` is empty, and its ``partial_out`` is never read. Wit
 from __future__ import annotations
 
 import enum
+import functools
 import importlib.util
 import math
 import os
@@ -259,15 +260,23 @@ def _check_outputs(
         check_tensor(op, "sink", sink, shape=shape[1:2], dtypes=fp32, device=device)
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def default_backend(device: torch.device) -> Literal["torch", "triton"]:
+    """Return the implementation that runs when the caller names none."""
+    return "triton" if device.type == "cuda" and _has_triton() else "torch"
+
+
 def _implementation(op: str, backend: str | None, device: torch.device) -> Callable[[Merge], None]:
-    if backend is None:
-        has_triton = importlib.util.find_spec("triton") is not None
-        backend = "triton" if device.type == "cuda" and has_triton else "torch"
+    backend = backend or default_backend(device)
     if backend == "torch":
         return _merge_torch
     if backend != "triton":
         raise LayoutError(f'{op}: backend must be "torch", "triton" or None, got {backend!r}')
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         raise BackendUnavailableError(
             f'{op}: backend "triton" needs triton; pip install "mla-core[triton]"'
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 from mla_core.backend import Backend
@@ -19,18 +20,24 @@ _COMPILED = tuple(
     Verified(arch, "compiled", "2026-11-21", "packages/mla-triton/tests/test_aot.py")
     for arch in sorted(GPU_ARCHS)
 )
-_DECODE = {
-    "op": "decode",
-    "kernel": "flash_decode",
-    "q_dtypes": frozenset({"bf16", "fp16", "fp32"}),
-    "kv_dtypes": frozenset({"bf16", "fp16", "fp32"}),
-    "same_dtypes": True,
-    "layouts": frozenset({"standard"}),
-    "num_heads": range(1, 129),
-    "kv_lora_ranks": range(32, 1025, 32),
-    "rope_dims": range(0, 129, 2),
-    "features": frozenset({"lse", "non_causal", "window", "softcap", "sink", "batch_invariant"}),
-}
+_DECODE = Capability(
+    op="decode",
+    kernel="flash_decode",
+    archs=GPU_ARCHS,
+    q_dtypes=frozenset({"bf16", "fp16", "fp32"}),
+    kv_dtypes=frozenset({"bf16", "fp16", "fp32"}),
+    same_dtypes=True,
+    layouts=frozenset({"standard"}),
+    num_heads=range(1, 129),
+    kv_lora_ranks=range(32, 1025, 32),
+    rope_dims=range(0, 129, 2),
+    features=frozenset({"lse", "non_causal", "window", "softcap", "sink", "batch_invariant"}),
+    verified=_COMPILED,
+)
+# The interpreter takes seconds where torch takes milliseconds: tests name it.
+_INTERPRETED_DECODE = replace(
+    _DECODE, archs=frozenset({"cpu"}), automatic=False, verified=(_INTERPRETED,)
+)
 
 
 def probe(arch: str) -> None:
@@ -57,9 +64,5 @@ BACKEND = Backend(
         "plan_decode": "mla_triton.decode:plan_decode",
         "decode": "mla_triton.decode:decode",
     },
-    capabilities=(
-        Capability(**_DECODE, archs=GPU_ARCHS, verified=_COMPILED),
-        # The interpreter takes seconds where torch takes milliseconds: tests name it.
-        Capability(**_DECODE, archs=frozenset({"cpu"}), automatic=False, verified=(_INTERPRETED,)),
-    ),
+    capabilities=(_DECODE, _INTERPRETED_DECODE),
 )

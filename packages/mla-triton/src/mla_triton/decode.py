@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
+
 from mla_core.batch import PagedKV
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule
 from mla_core.reduce import reduce_partials
-
 from mla_triton import tuning
 from mla_triton.splits import INVARIANT_SPLITS, choose_splits
 
@@ -45,6 +46,19 @@ def make_schedule(request: PlanRequest, config: tuning.DecodeConfig) -> Schedule
         config=config.launch,
         workspace=workspace,
     )
+
+
+def with_config(
+    plan: DecodePlan, config: tuning.DecodeConfig, num_kv_splits: int | None = None
+) -> DecodePlan:
+    """Return a plan of this backend with another configuration, for tuning and tests."""
+    request = replace(plan.request, num_kv_splits=num_kv_splits)
+    schedule = make_schedule(request, config)
+    workspace = {
+        name: torch.empty(shape, dtype=dtype, device=plan.qo_indptr.device)
+        for name, (shape, dtype) in schedule.workspace.items()
+    }
+    return replace(plan, request=request, schedule=schedule, workspace=workspace)
 
 
 def decode(
@@ -96,8 +110,8 @@ def decode(
     )
     if num_splits > 1:
         reduce_partials(
-            target,
-            target_lse,
+            plan.workspace["partial_out"],
+            plan.workspace["partial_lse"],
             out=out,
             lse=plan.workspace["lse"] if lse is None else lse,
             sink=sink,
@@ -171,7 +185,6 @@ def launch_decode(
         BLOCK_D=_power_of_two(kv_lora_rank),
         BLOCK_R=_power_of_two(q_pe.shape[-1]),
         PAGE_SIZE=page_size,
-        NUM_SPLITS=schedule.num_kv_splits,
         MIN_SPLIT_BLOCKS=min_split_blocks,
         IS_CAUSAL=options.causal,
         HAS_LSE=lse is not None,

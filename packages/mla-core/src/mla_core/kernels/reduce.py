@@ -32,7 +32,18 @@ def _partial_rows(
     return row, exists & (row >= 0) & (row < num_partials)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "num_heads",
+        "num_splits",
+        "num_partials",
+        "lse_stride_t",
+        "lse_stride_h",
+        "partial_lse_stride_t",
+        "partial_lse_stride_s",
+        "partial_lse_stride_h",
+    ]
+)
 def reduce_partials_kernel(
     out_ptr,  # [total_q, num_heads, D]
     lse_ptr,  # [total_q, num_heads] f32

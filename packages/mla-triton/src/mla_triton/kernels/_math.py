@@ -33,17 +33,17 @@ def request_bounds(
 def split_range(
     kv_len,
     split,
-    NUM_SPLITS: tl.constexpr,
+    num_splits,
     MIN_SPLIT_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Return the token range [begin, end) of one split; it depends on the request alone.
 
-    A request is cut into equal runs of whole blocks, into fewer than NUM_SPLITS when a run would be
+    A request is cut into equal runs of whole blocks, into fewer than num_splits when a run would be
     shorter than MIN_SPLIT_BLOCKS. The splits that are left over are empty.
     """
     num_blocks = tl.cdiv(kv_len, BLOCK_N)
-    used = tl.minimum(tl.cdiv(num_blocks, MIN_SPLIT_BLOCKS), NUM_SPLITS)
+    used = tl.minimum(tl.cdiv(num_blocks, MIN_SPLIT_BLOCKS), num_splits)
     used = tl.maximum(used, 1)
     begin = tl.minimum(split, used) * num_blocks // used * BLOCK_N
     end = tl.minimum(split + 1, used) * num_blocks // used * BLOCK_N

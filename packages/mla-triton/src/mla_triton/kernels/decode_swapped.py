@@ -1,9 +1,9 @@
 """Absorbed MLA decode for few query rows: cached tokens on the M side of the matrix units.
 
 s.T = sm_scale * (kv_c @ ql_nope.T + k_pe @ q_pe.T);  out.T = kv_c.T @ softmax(s).T
-The same result and arguments as ``decode_kernel``. A matrix instruction is 64 rows tall on Hopper, so
-16 query rows on that side would leave three quarters idle; on the other side nothing is padded.
-Grid (row blocks, NUM_SPLITS, batch_size): a program owns BLOCK_M rows (query token x head) of one
+The same result and arguments as ``decode_kernel``. A matrix instruction is 64 rows tall on Hopper:
+16 query rows there would leave three quarters of it idle, on the other side nothing is padded.
+Grid (row blocks, num_splits, batch_size): a program owns BLOCK_M rows (query token x head) of one
 request over one split of its keys. With one split it writes the result, else a normalised partial
 that ``mla_core.reduce`` merges.
 """
@@ -23,10 +23,19 @@ from mla_triton.kernels._math import (
 )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "num_heads",
+        "num_cache_pages",
+        "window",
+        "lse_stride_t",
+        "lse_stride_s",
+        "lse_stride_h",
+    ]
+)
 def decode_swapped_kernel(
-    out_ptr,  # [total_q, NUM_SPLITS, num_heads, D], dtype of q or f32 partials
-    lse_ptr,  # [total_q, NUM_SPLITS, num_heads] f32, natural log; unused without HAS_LSE
+    out_ptr,  # [total_q, num_splits, num_heads, D], dtype of q or f32 partials
+    lse_ptr,  # [total_q, num_splits, num_heads] f32, natural log; unused without HAS_LSE
     ql_nope_ptr,  # [total_q, num_heads, D]
     q_pe_ptr,  # [total_q, num_heads, R]
     kv_c_ptr,  # [num_cache_pages, PAGE_SIZE, D]
@@ -62,7 +71,6 @@ def decode_swapped_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     MIN_SPLIT_BLOCKS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -81,7 +89,7 @@ def decode_swapped_kernel(
     q_idx, head, is_row, limit = query_rows(
         tl.program_id(0), q_len, kv_len, num_heads, BLOCK_M, IS_CAUSAL
     )
-    begin, end = split_range(kv_len, split, NUM_SPLITS, MIN_SPLIT_BLOCKS, BLOCK_N)
+    begin, end = split_range(kv_len, split, tl.num_programs(1), MIN_SPLIT_BLOCKS, BLOCK_N)
     end = tl.minimum(end, tl.max(limit, 0))
     if HAS_WINDOW:
         lowest = tl.maximum(tl.min(tl.where(is_row, limit, kv_len), 0) - window, 0)
@@ -156,10 +164,7 @@ def decode_swapped_kernel(
     acc = tl.trans(acc / denom[None, :])  # [M, D]
 
     # store; an empty partial is marked by its lse and its values are never read
-    has_values = begin < end
-    if NUM_SPLITS == 1:
-        has_values = True
-    if has_values:
+    if (tl.num_programs(1) == 1) | (begin < end):
         tl.store(
             out_ptr
             + (q_token * out_stride_t + split * out_stride_s + head * out_stride_h)[:, None]

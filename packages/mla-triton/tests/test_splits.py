@@ -1,0 +1,90 @@
+"""The number of splits, and the ranges a kernel cuts."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from triton import language as tl
+
+from mla_triton.kernels._math import split_range
+from mla_triton.splits import choose_splits
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@triton.jit
+def split_ranges_kernel(ranges_ptr, kv_len, MIN_SPLIT_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr):
+    split = tl.program_id(0)
+    begin, end = split_range(kv_len, split, tl.num_programs(0), MIN_SPLIT_BLOCKS, BLOCK_N)
+    tl.store(ranges_ptr + split * 2, begin)
+    tl.store(ranges_ptr + split * 2 + 1, end)
+
+
+def h200(**changes):
+    asked = {"num_programs": 1, "num_blocks": 64, "merge_cost": 0.02, "max_splits": 64}
+    return choose_splits(**(asked | {"concurrent_programs": 132} | changes))
+
+
+def test_a_full_device_does_not_split():
+    assert h200(num_programs=132) == 1
+    assert h200(num_programs=264) == 1
+
+
+def test_few_programs_split_to_fill_the_device():
+    assert 16 <= h200(num_programs=2) <= 64
+    assert h200(num_programs=16) * 16 <= 132
+
+
+def test_short_contexts_do_not_split():
+    assert h200(num_blocks=1) == 1
+    assert h200(num_blocks=0) == 1
+    assert h200(num_blocks=3) == 1
+
+
+def test_an_expensive_merge_splits_less():
+    assert h200(merge_cost=2.0) < h200(merge_cost=0.0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    programs=st.integers(1, 1000),
+    blocks=st.integers(0, 4096),
+    slots=st.integers(1, 300),
+    cost=st.floats(0, 10),
+    most=st.integers(1, 64),
+)
+def test_stays_within_its_limits(programs, blocks, slots, cost, most):
+    splits = choose_splits(
+        num_programs=programs,
+        num_blocks=blocks,
+        concurrent_programs=slots,
+        merge_cost=cost,
+        max_splits=most,
+    )
+    assert 1 <= splits <= max(1, min(most, blocks))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kv_len=st.integers(0, 3000),
+    num_splits=st.integers(1, 20),
+    min_blocks=st.integers(1, 4),
+    block_n=st.sampled_from([16, 64]),
+)
+@example(kv_len=0, num_splits=3, min_blocks=1, block_n=16)
+@example(kv_len=17, num_splits=20, min_blocks=1, block_n=16)
+def test_ranges_cover_every_token_once(kv_len, num_splits, min_blocks, block_n):
+    ranges = torch.full((num_splits, 2), -1, dtype=torch.int32, device=DEVICE)
+    split_ranges_kernel[(num_splits,)](ranges, kv_len, MIN_SPLIT_BLOCKS=min_blocks, BLOCK_N=block_n)
+    position = 0
+    for begin, end in ranges.tolist():
+        assert begin % block_n == 0 or begin == kv_len
+        if begin < end:
+            assert begin == position
+            assert end == kv_len or (end - begin) >= min(min_blocks, 1) * block_n
+            position = end
+    assert position == kv_len
+    sizes = [-(-(end - begin) // block_n) for begin, end in ranges.tolist() if begin < end]
+    assert not sizes or max(sizes) - min(sizes) <= 1
