@@ -97,8 +97,8 @@ def test_qk_rope_concat_and_cache(rng, is_neox, is_nope_first, compute_all_q_rop
         draw(rng, 3, 4),
     )
     cos, sin = rope_tables(10, 4)
-    # The last position lies past the table and is clamped to its end.
-    positions, slots = torch.tensor([3, 7, 99]), torch.tensor([1, -1, 0])
+    # Positions outside the table are clamped to its ends.
+    positions, slots = torch.tensor([-5, 7, 99]), torch.tensor([1, -1, 0])
     cache = store(draw(rng, 3, 12), cache_dtype)
     q_before = store(draw(rng, 3, 2, 16), q_dtype)
     q_out, after = qk_rope_concat_and_cache_mla(
@@ -117,12 +117,12 @@ def test_qk_rope_concat_and_cache(rng, is_neox, is_nope_first, compute_all_q_rop
         q_dtype=q_dtype,
         k_scale=0.5,
         q_scale=0.25,
-        is_nope_first=is_nope_first,
-        compute_all_q_rope=compute_all_q_rope,
+        **({} if is_nope_first else {"is_nope_first": False}),
+        **({"compute_all_q_rope": True} if compute_all_q_rope else {}),
     )
 
     def row(nope, pe, token, dtype, scale):
-        at = torch.tensor([[3, 7, 9][token]])
+        at = torch.tensor([[0, 7, 9][token]])
         parts = [nope[token].double(), rope(pe[token][None], at, cos, sin, is_neox=is_neox)[0]]
         joined = torch.cat(parts if is_nope_first else parts[::-1], dim=-1)
         return joined.bfloat16() if dtype == "bf16" else to_fp8(joined.float() / scale, dtype)
@@ -205,7 +205,7 @@ def test_reshape_and_cache_index_formulas(rng, is_value_shuffled):
     """Key element d of offset o is at (d // x) * bs * x + o * x + d % x, and so on."""
     pages, heads, dim, page_size, x = 2, 2, 16, 16, 8
     key, value = draw(rng, 3, heads, dim).bfloat16(), draw(rng, 3, heads, dim).bfloat16()
-    slots = torch.tensor([19, -1, 7])
+    slots = torch.tensor([19, -1, 0])
     k_cache = torch.full((pages, heads, dim // x, page_size, x), 9.0).bfloat16()
     v_shape = (page_size // x, dim, x) if is_value_shuffled else (dim, page_size)
     v_cache = torch.full((pages, heads, *v_shape), 9.0).bfloat16()
@@ -216,10 +216,10 @@ def test_reshape_and_cache_index_formulas(rng, is_value_shuffled):
         v_cache,
         slots,
         cache_dtype="bf16",
-        is_value_shuffled=is_value_shuffled,
+        **({"is_value_shuffled": True} if is_value_shuffled else {}),
     )
     flat_k, flat_v = k_after.reshape(pages, heads, -1), v_after.reshape(pages, heads, -1)
-    for token, (page, o) in {0: (1, 3), 2: (0, 7)}.items():
+    for token, (page, o) in {0: (1, 3), 2: (0, 0)}.items():
         for d in range(dim):
             k_at = (d // x) * page_size * x + o * x + d % x
             v_at = (o // x) * dim * x + d * x + o % x if is_value_shuffled else d * page_size + o
@@ -293,7 +293,7 @@ def test_inverse_rope_group_quant_turns_back(rng, is_neox):
     turned = plain.clone()
     turned[..., 56:] = rope(plain[..., 56:], positions, cos, sin, is_neox=is_neox)
     stored, scales = inverse_rope_group_quant(
-        turned, positions, cos, sin, num_groups=2, is_neox=is_neox
+        turned, positions, cos, sin, num_groups=2, **({"is_neox": True} if is_neox else {})
     )
     assert stored.shape == (2, 2, 128)
     assert scales.shape == (2, 2, 1)

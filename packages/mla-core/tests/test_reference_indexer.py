@@ -153,8 +153,8 @@ def test_qk_rope_quant(rng, is_neox, scale_format):
         sin,
         eps=0.1,
         weights_scale=0.3,
-        is_neox=is_neox,
         scale_format=scale_format,
+        **({} if is_neox else {"is_neox": False}),
     )
     normed = F.layer_norm(k.double(), (128,), norm_weight.double(), norm_bias.double(), 0.1)
 
