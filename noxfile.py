@@ -83,11 +83,7 @@ def tests_isolated(session: nox.Session, package: str) -> None:
     place = ROOT / ".nox" / f"isolated-{package}"
     extras = "testing,triton" if package == "mla-triton" else "testing"
     environment.create(place)
-    environment.install(
-        place,
-        *(f"{package}[{extras}]", "--find-links", str(DIST)),
-        *("-c", str(ROOT / "constraints" / "cpu.txt")),
-    )
+    environment.install_wheel(place, f"{package}[{extras}]", DIST)
     session.run(
         *(str(place / "bin" / "python"), "-m", "pytest", "-m", "not gpu", f"packages/{package}"),
         *session.posargs,
@@ -134,11 +130,7 @@ def build(session: nox.Session) -> None:
     for requirement in (*environment.PACKAGES[:-1], "mla-kernels[all]"):
         place = ROOT / ".nox" / f"wheel-{requirement.partition('[')[0]}"
         environment.create(place)
-        environment.install(
-            place,
-            *(requirement, "--find-links", str(DIST)),
-            *("-c", str(ROOT / "constraints" / "cpu.txt")),
-        )
+        environment.install_wheel(place, requirement, DIST)
         smoke = ROOT / "tools" / "wheel_smoke.py"
         # Isolated mode: neither the current directory nor PYTHONPATH may lend a module.
         session.run(str(place / "bin" / "python"), "-I", str(smoke), requirement, external=True)

@@ -125,6 +125,14 @@ def install(environment: Path, *arguments: str) -> None:
     _run(*uv, *_find_links(), *extra, *arguments)
 
 
+def install_wheel(environment: Path, requirement: str, dist: Path) -> None:
+    """Install one of our requirements from the wheels in ``dist``, with what it declares."""
+    # uv would otherwise take an earlier build of the same version from its cache.
+    ours = () if use_pip() else tuple(f"--refresh-package={name}" for name in PACKAGES)
+    found = ("--find-links", str(dist))
+    install(environment, requirement, *found, *ours, *_constraint_arguments(("cpu",)))
+
+
 def dependency_group(name: str) -> list[str]:
     """Return the requirements of a dependency group of the root pyproject, includes resolved."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
