@@ -36,8 +36,8 @@ def configure() -> None:
 def event(name: str, **values: object) -> None:
     """Log one structured line at level info, ``plan backend=triton kernel=...``."""
     if logger.isEnabledFor(logging.INFO):
-        fields = " ".join(f"{key}={_quoted(value)}" for key, value in values.items())
-        logger.info("%s %s", name, fields, stacklevel=2)
+        fields = (f"{key}={_quoted(value)}" for key, value in values.items())
+        logger.info(" ".join((name, *fields)), stacklevel=2)
 
 
 def _quoted(value: object) -> str:

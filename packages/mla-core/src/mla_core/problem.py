@@ -178,7 +178,7 @@ class Capability:
 
 def describe_values(values: Iterable[object]) -> str:
     """Say in a few words which values are accepted: ``1..128``, ``16, 64`` or ``none``."""
-    if isinstance(values, range) and values.step == 1:
+    if isinstance(values, range) and values.step == 1 and values:
         return f"{values.start}..{values.stop - 1}"
     listed = sorted(values, key=lambda value: (str(type(value)), value))
     return ", ".join(map(str, listed)) or "none"

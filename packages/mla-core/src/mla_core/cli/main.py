@@ -14,7 +14,6 @@ from mla_core.__about__ import __version__
 from mla_core.cli import backends, bench, doctor, explain
 from mla_core.errors import BackendUnavailableError, MLAError
 
-
 _COMMANDS = {
     "backends": (backends, "list the installed backends, their status and what they offer"),
     "doctor": (doctor, "report this environment, to paste into a bug report"),
