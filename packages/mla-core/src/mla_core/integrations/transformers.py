@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
@@ -114,8 +113,8 @@ class Step:
         return out
 
 
-class PagedLatentLayer(CacheLayerMixin):
-    """One layer's latents; transformers calls `update` with the new tokens' ``kv_c`` and ``k_pe``."""
+class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's latents; transformers calls `update` with ``kv_c`` and ``k_pe`` of new tokens."""
 
     def __init__(self, cache: LatentCache, owner: PagedLatentCache) -> None:
         super().__init__()
@@ -162,7 +161,7 @@ class PagedLatentLayer(CacheLayerMixin):
         """Nothing to do: which pages are live is the caller's knowledge."""
 
 
-class PagedLatentCache(Cache):
+class PagedLatentCache(Cache):  # type: ignore[misc]
     """A transformers cache of paged latents, shared by a ragged batch.
 
     Page ids mean the same in every layer, so one set of index arrays serves the whole model. Who
@@ -292,7 +291,7 @@ class PagedLatentCache(Cache):
 
 
 def attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -380,9 +379,7 @@ def _token_positions(
     return position.long(), torch.where(page >= 0, slots, -1)
 
 
-def _keep_latents(
-    kv_nope: torch.Tensor, k_rot: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _keep_latents(kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Stand in for ``expand_kv``: the attention function wants the latents."""
     return kv_nope, k_rot
 
