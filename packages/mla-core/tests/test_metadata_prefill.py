@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mla_core.errors import LayoutError
 from mla_core.metadata import DeviceProfile, plan_prefill, prefill_sizes
 

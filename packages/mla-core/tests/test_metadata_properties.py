@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mla_core.metadata import DeviceProfile, decode_sizes, plan_v1_0, plan_v1_1, plan_v1_2
 from mla_core.metadata.v1_1 import load_limit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.metadata import DeviceProfile, WorkList, decode_sizes, prefill_sizes
 from mla_core.metadata.tiling import Shape, buffer_tiles, head_tiling, workgroups_per_cu

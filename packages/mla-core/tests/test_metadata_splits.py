@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.metadata import DeviceProfile, choose_num_kv_splits, split_indptr
 

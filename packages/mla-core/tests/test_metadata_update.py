@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mla_core.errors import LayoutError
 from mla_core.metadata import DeviceProfile, WorkList, decode_sizes, decode_update, plan_v1_2
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.metadata import DeviceProfile, plan_v1_2
 

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+
 from mla_core.errors import LayoutError
 from mla_core.metadata import DeviceProfile, WorkList, WorkListSizes, decode_sizes, plan_v1_2
 from mla_core.metadata import worklist as columns

@@ -4,6 +4,7 @@ Planners take plain index tensors and a `DeviceProfile` and return a `WorkList`.
 of caches or backends; what differs between kernel families is data in `mla_core.metadata.tiling`.
 """
 
+from mla_core.metadata.device import plan_v1_2_device, scratch_size
 from mla_core.metadata.prefill import plan_prefill
 from mla_core.metadata.profile import DeviceProfile
 from mla_core.metadata.sizes import WorkListSizes, decode_sizes, prefill_sizes
@@ -25,6 +26,8 @@ __all__ = [
     "plan_v1_0",
     "plan_v1_1",
     "plan_v1_2",
+    "plan_v1_2_device",
     "prefill_sizes",
+    "scratch_size",
     "split_indptr",
 ]
