@@ -104,13 +104,14 @@ def test_strides_of_outputs_and_queries(num_kv_splits, seed):
     inputs = case.build(DEVICE)
     plan = plan_of(case, inputs, num_kv_splits=num_kv_splits)
     wide = torch.full((3, 3, 100), 7.0, dtype=torch.bfloat16, device=DEVICE)
-    lse = torch.full((3, 3), 7.0, device=DEVICE).T
+    wide_lse = torch.full((3, 5), 7.0, device=DEVICE)
     padded = torch.nn.functional.pad(inputs.ql_nope.transpose(0, 1), (8, 8))
     ql_nope = padded[..., 8:-8].transpose(0, 1)
-    got = run(replace(inputs, ql_nope=ql_nope), plan, out=wide.transpose(0, 1)[..., 3:67], lse=lse)
-    check(got, inputs)
+    out, lse = wide.transpose(0, 1)[..., 3:67], wide_lse[:, 1:4]
+    check(run(replace(inputs, ql_nope=ql_nope), plan, out=out, lse=lse), inputs)
     assert (wide[..., :3] == 7).all()
     assert (wide[..., 67:] == 7).all()
+    assert (wide_lse[:, [0, 4]] == 7).all()
 
 
 def test_lengths_are_read_when_running(seed):

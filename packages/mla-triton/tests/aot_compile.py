@@ -1,0 +1,100 @@
+"""Compile kernels for other machines: ``python aot_compile.py '[{"arch": "gfx942", ...}]'``."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mla_core.kernels.reduce import reduce_partials_kernel
+from mla_triton.kernels.decode import decode_kernel
+from mla_triton.kernels.decode_swapped import decode_swapped_kernel
+
+TARGETS = {
+    "sm90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+KERNELS = {
+    "decode": decode_kernel,
+    "decode_swapped": decode_swapped_kernel,
+    "reduce": reduce_partials_kernel,
+}
+INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "v_mfma")
+
+
+def constants(job):
+    if job["kernel"] == "reduce":
+        return {
+            "D": 512,
+            "BLOCK_D": 512,
+            "BLOCK_S": 8,
+            "GROUP_ROWS": 1,
+            "IS_DENSE": True,
+            "HAS_MAP": False,
+            "HAS_FINAL_MAP": False,
+            "HAS_SINK": True,
+            "IS_BASE_TWO": False,
+        }
+    rank = job["kv_lora_rank"]
+    return {
+        "D": rank,
+        "R": 64,
+        "BLOCK_D": 1 << (rank - 1).bit_length(),
+        "BLOCK_R": 64,
+        "BLOCK_M": job["BLOCK_M"],
+        "BLOCK_N": job["BLOCK_N"],
+        "PAGE_SIZE": job["page_size"],
+        "MIN_SPLIT_BLOCKS": 2,
+        "IS_CAUSAL": True,
+        "HAS_LSE": True,
+        "HAS_SINK": False,
+        "HAS_SOFTCAP": False,
+        "HAS_WINDOW": False,
+    }
+
+
+def type_of(name, job):
+    if name in ("ql_nope_ptr", "q_pe_ptr", "kv_c_ptr", "k_pe_ptr"):
+        return "*" + job["dtype"]
+    if name in ("out_ptr", "lse_ptr", "sink_ptr", "partial_out_ptr", "partial_lse_ptr"):
+        return "*fp32"
+    if name.endswith("_ptr"):
+        return "*i32"
+    return "fp32" if name in ("sm_scale_log2", "softcap") else "i32"
+
+
+def is_aligned(name):
+    """Say whether callers' values are multiples of 16, as Triton finds out at a launch."""
+    return name.endswith("_ptr") or ("stride" in name and "lse" not in name)
+
+
+def compile_job(job):
+    kernel, values = KERNELS[job["kernel"]], constants(job)
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in values else type_of(name, job) for name in names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name not in values and is_aligned(name)
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs=values, attrs=aligned),
+        target=TARGETS[job["arch"]],
+        options={key: job[key] for key in ("num_warps", "num_stages") if key in job},
+    )
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    binary = compiled.asm.get("cubin") or compiled.asm["hsaco"]
+    return {
+        "shared": compiled.metadata.shared,
+        "is_binary": binary[:4] == b"\x7fELF",
+        "matrix_instructions": sum(text.count(name) for name in INSTRUCTIONS),
+    }
+
+
+if __name__ == "__main__":
+    for job in json.loads(sys.argv[1]):
+        print(json.dumps(compile_job(job)), flush=True)

@@ -1,0 +1,102 @@
+"""Tuning tables: first match wins, and every mistake in one names file and row."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mla_core.dims import MLADims
+from mla_core.errors import LayoutError, UnsupportedProblemError
+from mla_core.plan import AttentionOptions, PlanRequest
+from mla_core.problem import Problem
+from mla_triton import tuning
+from mla_triton.backend import GPU_ARCHS
+from mla_triton.tuning import DecodeConfig
+
+ROW = {"kernel": "decode", "BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+
+
+def request_of(arch="sm90", heads=16, q_len=1, q_dtype="bf16", rank=512, features=()):
+    problem = Problem(
+        op="decode",
+        arch=arch,
+        q_dtype=q_dtype,
+        kv_dtype=q_dtype,
+        dims=MLADims(heads, rank),
+        page_size=64,
+        q_len=q_len,
+        features=frozenset(features),
+    )
+    return PlanRequest(problem, AttentionOptions(), 4, 4 * q_len, q_len, 1000, 64)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Return a function that installs a table for sm90."""
+    monkeypatch.setenv("MLA_TUNING_PATH", str(tmp_path))
+    (tmp_path / "sm90").mkdir()
+
+    def install(rows):
+        (tmp_path / "sm90" / "decode.json").write_text(json.dumps(rows))
+        tuning._table.cache_clear()
+
+    return install
+
+
+def test_first_match_wins(table):
+    table(
+        [
+            {"when": {"num_rows": {"max": 16}}} | ROW | {"BLOCK_N": 16},
+            {"when": {"num_rows": {"min": 17, "max": 64}, "q_dtype": ["fp16"]}} | ROW,
+            {"when": {"kv_lora_rank": 1024}} | ROW | {"BLOCK_N": 128},
+            {"when": {}} | ROW | {"BLOCK_N": 64},
+        ]
+    )
+    assert tuning.choose(request_of(heads=16)).BLOCK_N == 16
+    assert tuning.choose(request_of(heads=17)).BLOCK_N == 64
+    assert tuning.choose(request_of(heads=17, q_dtype="fp16")).BLOCK_N == 32
+    assert tuning.choose(request_of(heads=65, q_dtype="fp16")).BLOCK_N == 64
+    assert tuning.choose(request_of(heads=17, rank=1024)).BLOCK_N == 128
+
+
+def test_rows_count_query_tokens_unless_batch_invariant(table):
+    table([{"when": {"num_rows": {"max": 16}}} | ROW, {"when": {}} | ROW | {"BLOCK_N": 64}])
+    assert tuning.choose(request_of(q_len=2)).BLOCK_N == 64
+    assert tuning.choose(request_of(q_len=2, features=["batch_invariant"])).BLOCK_N == 32
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "last row must have an empty `when`"),
+        ([{"when": {"num_rows": 1}} | ROW], "last row must have an empty `when`"),
+        ([ROW], r"row 0: `when` must be an object, got NoneType"),
+        ([{"when": {"heads": 1}} | ROW], "row 0: `when` must use q_dtype, num_rows"),
+        ([{"when": {}, "BLOCK_K": 1} | ROW], r"keys must be among .* got \['BLOCK_K'\]"),
+        ([{"when": {}} | ROW | {"kernel": "magic"}], "kernel must be one of decode"),
+        ([{"when": {}} | ROW | {"BLOCK_M": 24}], "BLOCK_M must be a power of two >= 16, got 24"),
+        ([{"when": {}} | ROW | {"BLOCK_N": 8}], "BLOCK_N must be a power of two >= 16, got 8"),
+        ([{"when": {}, "kernel": "decode"}], "row 0: .*missing"),
+    ],
+    ids=["empty", "no-default", "no-when", "condition", "key", "kernel", "odd", "small", "missing"],
+)
+def test_mistakes_in_a_table(table, rows, message):
+    table(rows)
+    with pytest.raises(LayoutError, match=message):
+        tuning.choose(request_of())
+
+
+def test_no_table_for_the_architecture(table):
+    with pytest.raises(UnsupportedProblemError, match="tuning table must exist"):
+        tuning.choose(request_of(arch="sm80"))
+
+
+@pytest.mark.parametrize("arch", sorted({*GPU_ARCHS, "cpu"}))
+def test_packaged_tables_are_complete(arch):
+    for heads in (1, 16, 20, 32, 64, 128):
+        for rank in (256, 512, 1024):
+            for dtype in ("bf16", "fp32"):
+                config = tuning.choose(request_of(arch, heads, 1, dtype, rank))
+                assert isinstance(config, DecodeConfig)
+                assert set(config.launch) == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
