@@ -32,7 +32,9 @@ def sparse_decode(
     slots = torch.where(is_valid, slots, -1)
     sink_rows = None if sink is None else sink.float()
     for t in range(queries.shape[0]):
-        tiles = ((read_rows(cache, tile), (tile >= 0)[None]) for tile in slots[t].split(TILE))
+        # Without indices `split` still gives one tile, an empty one.
+        chunks = slots[t].split(TILE) if slots.shape[1] else ()
+        tiles = ((read_rows(cache, tile), (tile >= 0)[None]) for tile in chunks)
         row_out, row_lse = attend(
             queries[t], tiles, value_dim=cache.dims.value_dim, softcap=softcap, sink=sink_rows
         )

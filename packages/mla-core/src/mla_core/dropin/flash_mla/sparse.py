@@ -13,6 +13,9 @@ from mla_core.ops import sparse_decode
 from mla_core.ops.arguments import OUT_DTYPES
 from mla_core.reduce import reduce_partials
 
+#: Most fp32 elements gathered at once for ``max_logits``: 256 MB.
+GATHERED_ELEMENTS = 1 << 26
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -117,8 +120,7 @@ def _max_logits(q: torch.Tensor, source: Source, sm_scale: float) -> torch.Tenso
     if not slots.numel():
         return result
     slots = torch.where(is_valid, slots, -1)
-    # Blocks of tokens bound the gathered rows to some hundred megabytes.
-    step = max(1, (1 << 26) // (slots.shape[1] * q.shape[2]))
+    step = max(1, GATHERED_ELEMENTS // (slots.shape[1] * q.shape[2]))
     for first in range(0, q.shape[0], step):
         block = slice(first, first + step)
         kv_c, k_pe = source.cache.read(slots[block].flatten())
