@@ -48,20 +48,19 @@ PAGE_SIZE = 64
 def configurations(num_rows: int) -> Iterator[DecodeConfig]:
     """Yield what is worth trying for a number of query rows."""
     block_m = min(64, max(16, 1 << (num_rows - 1).bit_length()))
-    for block_n, warps, stages in (
-        (64, 4, 2),
-        (64, 4, 3),
-        (64, 8, 2),
-        (32, 4, 2),
-        (32, 4, 3),
-        (32, 8, 3),
-        (128, 8, 1),
-        (64, 4, 1),
+    for block_n, warps, stages, programs_per_sm in (
+        (64, 4, 2, 1),
+        (64, 8, 2, 1),
+        (32, 4, 2, 2),
+        (32, 4, 4, 1),
+        (32, 8, 3, 1),
+        (128, 8, 1, 1),
     ):
-        yield DecodeConfig("decode_swapped", block_m, block_n, warps, stages)
-    for m in {block_m, 64}:
-        for block_n, warps, stages in ((64, 8, 2), (32, 8, 2), (32, 8, 3), (64, 4, 2), (64, 8, 1)):
-            yield DecodeConfig("decode", m, block_n, warps, stages)
+        yield DecodeConfig("decode_swapped", block_m, block_n, warps, stages, programs_per_sm)
+    for block_n, warps, stages in ((64, 8, 2), (32, 8, 3), (32, 8, 2)):
+        yield DecodeConfig("decode", 64, block_n, warps, stages)
+    if block_m < 64:
+        yield DecodeConfig("decode", block_m, 64, 4, 2, programs_per_sm=2 if block_m == 16 else 1)
 
 
 class Case:

@@ -22,9 +22,9 @@ def split_ranges_kernel(ranges_ptr, kv_len, MIN_SPLIT_BLOCKS: tl.constexpr, BLOC
     tl.store(ranges_ptr + split * 2 + 1, end)
 
 
-def h200(**changes):
-    asked = {"num_programs": 1, "num_blocks": 64, "merge_cost": 0.02, "max_splits": 64}
-    return choose_splits(**(asked | {"concurrent_programs": 132} | changes))
+def h200(steps=64, **changes):
+    asked = {"num_programs": 1, "mean_steps": steps, "max_steps": steps, "merge_cost": 0.02}
+    return choose_splits(**(asked | {"concurrent_programs": 132, "max_splits": 64} | changes))
 
 
 def test_a_full_device_does_not_split():
@@ -38,9 +38,12 @@ def test_few_programs_split_to_fill_the_device():
 
 
 def test_short_contexts_do_not_split():
-    assert h200(num_blocks=1) == 1
-    assert h200(num_blocks=0) == 1
-    assert h200(num_blocks=3) == 1
+    for steps in range(4):
+        assert h200(steps) == 1
+
+
+def test_a_long_request_among_short_ones_is_split():
+    assert h200(64, num_programs=132, max_steps=1000) > 4
 
 
 def test_an_expensive_merge_splits_less():
@@ -50,20 +53,22 @@ def test_an_expensive_merge_splits_less():
 @settings(deadline=None, max_examples=40)
 @given(
     programs=st.integers(1, 1000),
-    blocks=st.integers(0, 4096),
+    longest=st.integers(0, 4096),
+    share=st.floats(0, 1),
     slots=st.integers(1, 300),
     cost=st.floats(0, 10),
-    most=st.integers(1, 64),
+    most=st.integers(0, 64),
 )
-def test_stays_within_its_limits(programs, blocks, slots, cost, most):
+def test_stays_within_its_limits(programs, longest, share, slots, cost, most):
     splits = choose_splits(
         num_programs=programs,
-        num_blocks=blocks,
+        mean_steps=share * longest,
+        max_steps=longest,
         concurrent_programs=slots,
         merge_cost=cost,
         max_splits=most,
     )
-    assert 1 <= splits <= max(1, min(most, blocks))
+    assert 1 <= splits <= max(1, most)
 
 
 @settings(deadline=None, max_examples=40)

@@ -218,12 +218,15 @@ def _num_splits(request: PlanRequest, config: tuning.DecodeConfig) -> tuple[int,
     # A loop step moves BLOCK_N cached rows of 2 bytes, a split of a row 4 bytes there and back.
     step_bytes = multiprocessors * config.BLOCK_N * dims.latent_dim * 2
     partial_bytes = request.total_q * dims.num_heads * dims.value_dim * 8
+    # The index buffer may be over-allocated: it bounds the mean only from above.
+    mean_tokens = request.total_pages * request.problem.page_size / max(1, request.batch_size)
     splits = choose_splits(
         num_programs=num_programs,
-        num_blocks=-(-request.max_seqlen_k // max(config.BLOCK_N, MIN_SPLIT_TOKENS)),
+        mean_steps=min(mean_tokens, request.max_seqlen_k) / config.BLOCK_N,
+        max_steps=-(-request.max_seqlen_k // config.BLOCK_N),
         concurrent_programs=multiprocessors * config.programs_per_sm,
         merge_cost=partial_bytes / step_bytes,
-        max_splits=MAX_AUTOMATIC_SPLITS,
+        max_splits=min(MAX_AUTOMATIC_SPLITS, request.max_seqlen_k // MIN_SPLIT_TOKENS),
     )
     return splits, f"{num_programs} programs on {multiprocessors} multiprocessors"
 

@@ -15,6 +15,7 @@ from triton import language as tl
 
 from mla_triton.kernels._math import (
     finite_or_zero,
+    page_ids,
     query_rows,
     request_bounds,
     scale_scores,
@@ -118,9 +119,13 @@ def decode_swapped_kernel(
     # One denominator per token lane: summed across warps once, after the loop.
     denoms = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+    next_page = page_ids(begin, end, page_begin, kv_page_indices_ptr, PAGE_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         token, page, offset, is_live = token_rows(
-            start, end, page_begin, kv_page_indices_ptr, num_cache_pages, PAGE_SIZE, BLOCK_N
+            start, end, next_page, num_cache_pages, PAGE_SIZE, BLOCK_N
+        )
+        next_page = page_ids(
+            start + BLOCK_N, end, page_begin, kv_page_indices_ptr, PAGE_SIZE, BLOCK_N
         )
         kv_c = tl.load(
             kv_c_ptr + (page * kv_c_stride_p + offset * kv_c_stride_t)[:, None] + d[None, :],
