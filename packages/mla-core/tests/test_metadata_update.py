@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 
 import pytest
 import torch
@@ -147,6 +148,26 @@ def test_every_step_covers_every_request(kv_lens, q_len, num_cu, steps, num_head
             assert pieces[0][0] == start[b]
             assert pieces[-1][1] == start[b + 1]
             assert all(x[1] == y[0] for x, y in itertools.pairwise(pieces))
+
+
+@pytest.mark.gpu
+def test_updates_inside_a_captured_graph():
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    kv_lens = torch.randint(1, 9000, (64,), generator=generator).tolist()
+    profile = DeviceProfile("sm90", 132)
+    _, host = _plan(1, kv_lens, profile=profile)
+    device = WorkList(**{f.name: getattr(host, f.name).cuda() for f in fields(host)})
+    kv_indptr = _indptr(kv_lens).cuda()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode_update(device, kv_indptr, num_heads=16, profile=profile)
+    for _ in range(3):
+        kv_lens = [n + 1 for n in kv_lens]
+        kv_indptr.copy_(_indptr(kv_lens))
+        graph.replay()
+        decode_update(host, _indptr(kv_lens), num_heads=16, profile=profile)
+        for field in fields(host):
+            assert torch.equal(getattr(device, field.name).cpu(), getattr(host, field.name))
 
 
 def test_nothing_to_update():

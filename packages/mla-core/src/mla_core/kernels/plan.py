@@ -88,6 +88,7 @@ def request_prefix_kernel(
     IS_SPARSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Add up tiles and their cost over requests."""
     cost_total = tl.full([], 0, tl.int64)
     tiles_total = tl.full([], 0, tl.int64)
     for start in range(0, batch_size, BLOCK):
@@ -136,13 +137,13 @@ def deal_kernel(
     IS_SPARSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Walk along the running total, one budget per workgroup, and note the cuts."""
     total = tl.load(cost_before_ptr + batch_size)
     num_tiles = tl.load(tiles_before_ptr + batch_size)
     shares = num_tiles * 0 + num_workgroups
     if max_split_per_batch >= 0:
-        if IS_SPARSE:
-            rows = num_tiles
-        else:
+        rows = num_tiles
+        if not IS_SPARSE:
             rows = num_tiles * 0 + batch_size * FOLD
         shares = tl.maximum(tl.minimum(shares, rows * max_split_per_batch), 1)
     payload = _ceil_div(total, shares) + overhead
@@ -190,11 +191,10 @@ def deal_kernel(
                         stride = q_len
                     else:
                         stride = _query_tiles(q_len, HEADS, PACKED_ROWS, ONE_TILE)[1]
-                    if PAGE_SIZE == 1:
-                        takes_rest = pages - page < q_len
-                    else:
-                        takes_rest = pages < 0
-                    if takes_rest:
+                    # With pages of one token, what a mask may reach stays in one piece.
+                    if PAGE_SIZE > 1:
+                        q_len = q_len * 0
+                    if pages - page < q_len:
                         position = tile_begin + tile_cost
                         finished += 1
                     else:
@@ -254,6 +254,7 @@ def fill_kernel(
     TRIMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write what the cuts imply: every work, both reduce maps, and the unused tails."""
     lane = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     num_tiles = tl.load(counts_ptr)
     num_cuts = tl.load(counts_ptr + 1)
@@ -286,7 +287,7 @@ def fill_kernel(
     starts_at_cut &= tl.load(cut_tile_ptr + cut - 1, mask=starts_at_cut, other=-1) == tile
     begin = tl.load(cut_page_ptr + cut - 1, mask=starts_at_cut, other=0)
 
-    group, qo_start, qo_end, stride, q_len, kv_start, pages, last, later = _tile(
+    group, qo_start, qo_end, stride, kv_start, pages, last, later = _tile(
         tile, is_work, tiles_before_ptr, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr,
         batch_size, uni_seqlen_qo, max_pages, search_steps, PAGE_SIZE,
         HEADS, FOLD, PACKED_ROWS, ONE_TILE, IS_SPARSE,
@@ -328,7 +329,7 @@ def fill_kernel(
     in_indptr = lane + 1 < reduce_indptr_len
     tl.store(reduce_indptr_ptr + lane + 1, partials.to(tl.int32), mask=in_indptr)
     is_cut = has_cuts & (tl.load(cut_tile_ptr + cut - 1, mask=has_cuts, other=-1) == lane)
-    _, qo_start, qo_end, _, _, _, _, _, _ = _tile(
+    _, qo_start, qo_end, _, _, _, _, _ = _tile(
         lane, is_cut, tiles_before_ptr, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr,
         batch_size, uni_seqlen_qo, max_pages, search_steps, PAGE_SIZE,
         HEADS, FOLD, PACKED_ROWS, ONE_TILE, IS_SPARSE,
@@ -392,7 +393,7 @@ def _tile(
         tile_end = tl.minimum(tile_begin + stride, q_len)
         qo_start, qo_end = base + tile_begin, base + tile_end
         later = q_len - tile_end
-    return group, qo_start, qo_end, stride, q_len, kv_start, pages, last, later
+    return group, qo_start, qo_end, stride, kv_start, pages, last, later
 
 
 @triton.jit

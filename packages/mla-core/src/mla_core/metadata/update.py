@@ -113,7 +113,8 @@ def _pieces(work: WorkList, partial: torch.Tensor) -> tuple[torch.Tensor, torch.
     nth = torch.searchsorted(rows, partial.contiguous()).int()
     ends_tile = torch.zeros(num_entries + 1, dtype=torch.bool, device=rows.device)
     last = work.reduce_indptr[1:].long() - 1
-    ends_tile[torch.where(work.reduce_indptr.diff() > 0, last, num_entries)] = True
+    last = torch.where(work.reduce_indptr.diff() > 0, last, num_entries)
+    ends_tile.scatter_(0, last, True)  # indexed assignment would copy the scalar from the host
     is_whole = partial < 0
     return torch.where(is_whole, -1, nth), is_whole | ends_tile[nth.long()]
 
