@@ -410,6 +410,8 @@ def i32(*values: int) -> torch.Tensor:
         ({"qo_indptr": i32(0, 2, 2)}, "max_seqlen_q must be at least .* 2, got 1"),
         ({"qo_indptr": i32(0, 1, 5)}, "qo_indptr must end at no more than the 2 rows of q, got 5"),
         ({"qo_indptr": i32(0, 1, 2, 2)}, "qo_indptr must be"),
+        ({"qo_indptr": torch.zeros(1, 3, dtype=torch.int32)}, "qo_indptr must be 1-D"),
+        ({"o": torch.zeros(2, 3, 64, device="meta")}, "o must be on cpu, got meta"),
         ({"qo_indptr": torch.arange(3)}, "qo_indptr must be int32"),
         ({"max_seqlen_q": -1}, "max_seqlen_q must be >= 0, got -1"),
         ({"num_kv_splits": 0}, "num_kv_splits must be in 1..256, got 0"),

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextvars
+import importlib.util
 import inspect
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mla_core import LayoutError
 from mla_core.batch import indptr_of
 from mla_core.dropin import aiter
+from mla_core.dropin.aiter import metadata
 from mla_core.metadata import DeviceProfile, plan_v1_0, plan_v1_1
+from mla_core.testing.assertions import assert_close
 
 REQUIRED = inspect.Parameter.empty
 GFX942 = DeviceProfile("gfx942", 4)
@@ -23,6 +29,10 @@ OUTPUTS = (
     "reduce_indptr",
     "reduce_final_map",
     "reduce_partial_map",
+)
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the device planner needs Triton"
 )
 
 
@@ -178,7 +188,11 @@ def _on_a_small_gfx942():
         yield
 
 
-def test_example_ragged_decode():
+@needs_triton
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_example_ragged_decode(where, monkeypatch):
+    # Without a GPU the device planner runs in Triton's interpreter.
+    monkeypatch.setattr(metadata, "_plans_on_device", lambda index: where == "device")
     buffers = decode_buffers(3, 1, 16, BF16, BF16, False)
     plan(i32(0, 1, 2, 3), i32(0, 40, 340, 470), i32(1, 1, 1), 16, buffers, max_seqlen_qo=1)
     assert works(buffers) == [
@@ -254,12 +268,138 @@ def test_example_pages_of_64():
     assert works(buffers) == [(0, -1, 0, 1, 0, 100, 0), (1, -1, 1, 2, 100, 137, 0)]
 
 
-def test_sparse_schedules_one_index_row_for_each_token():
-    buffers = decode_buffers(2, 2, 16, BF16, BF16, True)
+@needs_triton
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_host_and_device_fill_the_same_bytes(data):
+    lens = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=4))
+    page_size = data.draw(st.sampled_from([1, 4]))
+    q_len = data.draw(st.integers(1, 2))
+    heads = data.draw(st.sampled_from([16, 48]))
+    pages = -(-torch.tensor(lens) // page_size)
+    last = (torch.tensor(lens) - (pages - 1).clamp(min=0) * page_size).to(torch.int32)
+    batch = (torch.arange(len(lens) + 1, dtype=torch.int32) * q_len, indptr_of(pages), last, heads)
+    options = {
+        "is_causal": data.draw(st.booleans()),
+        "page_size": page_size,
+        "max_seqlen_qo": q_len,
+        "uni_seqlen_qo": data.draw(st.sampled_from([-1, q_len])),
+        "max_split_per_batch": data.draw(st.sampled_from([-1, 2])),
+        "is_cp_round_robin": data.draw(st.booleans()),
+    }
+    filled = []
+    for on_device in (False, True):
+        buffers = decode_buffers(len(lens), q_len, heads, BF16, BF16, False)
+        with mock.patch.object(metadata, "_plans_on_device", return_value=on_device):
+            plan(*batch, buffers, **options)
+        filled.append(buffers)
+    for name in OUTPUTS[1:]:
+        assert torch.equal(filled[0][name], filled[1][name]), name
+
+
+def run_work(buffers, q, rows, batch_of, qo_indptr, sm_scale):
+    """Do what a persistent kernel does with a work list: out, lse and the partials."""
+    total_q, heads, _ = q.shape
+    num_partials = buffers["reduce_partial_map"].numel() * 2
+    out, lse = torch.full((total_q, heads, 64), torch.nan), torch.full((total_q, heads), torch.nan)
+    partial_out = torch.full((num_partials, 1, heads, 64), torch.nan)
+    partial_lse = torch.full((num_partials, 1, heads, 1), torch.nan)
+    for batch, partial, begin, end, kv_start, kv_end, kv_offset in works(buffers):
+        for row in range(begin, end):
+            assert batch_of[row] == batch
+            behind = int(qo_indptr[batch + 1]) - 1 - row
+            visible = rows[kv_start : max(kv_start, kv_end - max(0, behind - kv_offset))]
+            scores = sm_scale * q[row] @ visible.T
+            row_lse = scores.logsumexp(1)
+            weights = torch.exp(scores - row_lse.masked_fill(row_lse == -torch.inf, 0)[:, None])
+            row_out = weights @ visible[:, :64]
+            if partial < 0:
+                out[row], lse[row] = row_out, row_lse
+            else:
+                partial_out[partial + row - begin, 0] = row_out
+                partial_lse[partial + row - begin, 0, :, 0] = row_lse
+    return out, lse, partial_out, partial_lse
+
+
+# Longest request first never cuts with 128 heads: merging costs more than it gains.
+@pytest.mark.parametrize(("heads", "fast_mode"), [(16, True), (128, True), (16, False)])
+def test_a_work_list_and_the_reduce_give_what_decode_gives(heads, fast_mode, rng):
+    q_len = 2
+    # One long request for four workgroups: it must be cut.
+    lens = torch.randint(2000, 3000, (4,), generator=rng)
+    lens[1:] = torch.tensor([0, 1, 40])
+    qo_indptr = torch.arange(5, dtype=torch.int32) * q_len
+    kv_indptr, last = indptr_of(lens), torch.ones(4, dtype=torch.int32)
+    q = torch.randn(8, heads, 96, generator=rng)
+    kv_buffer = torch.randn(int(kv_indptr[-1]), 1, 1, 96, generator=rng)
+    kv_indices = torch.arange(len(kv_buffer), dtype=torch.int32)
+    dtype = BF16 if heads == 16 else FP8
+    buffers = decode_buffers(4, q_len, heads, dtype, dtype, False, fast_mode=fast_mode)
     plan(
-        i32(0, 2, 4), i32(0, 100, 107), i32(1, 1), 16, buffers, topk=32, max_seqlen_qo=1,
-        uni_seqlen_qo=2,
+        qo_indptr, kv_indptr, last, heads, buffers, max_seqlen_qo=q_len, uni_seqlen_qo=q_len,
+        fast_mode=fast_mode, dtype_q=dtype, dtype_kv=dtype,
     )  # fmt: skip
+    assert buffers["reduce_indptr"][-1] > 0
+    out, lse, partial_out, partial_lse = run_work(
+        buffers, q, kv_buffer.flatten(1), torch.arange(8) // q_len, qo_indptr, 0.1
+    )
+    aiter.mla_reduce_v1(
+        partial_out,
+        partial_lse,
+        buffers["reduce_indptr"],
+        buffers["reduce_final_map"],
+        buffers["reduce_partial_map"],
+        q_len,
+        0,
+        out,
+        lse,
+    )
+    o = torch.full((8, heads, 64), torch.nan)
+    _, final_lse = aiter.mla_decode_fwd(
+        q,
+        kv_buffer,
+        o,
+        qo_indptr,
+        kv_indptr,
+        kv_indices,
+        last,
+        q_len,
+        sm_scale=0.1,
+        return_lse=True,
+        **{"work_meta_data" if name == OUTPUTS[0] else name: buffers[name] for name in OUTPUTS},
+    )
+    assert_close(out, o, what="out")
+    assert_close(lse, final_lse, what="lse")
+
+
+@pytest.mark.gpu
+def test_planning_can_be_captured_and_replayed():
+    with aiter.planning_for(DeviceProfile("gfx942", 132)):
+        on_host = decode_buffers(3, 1, 16, BF16, BF16, False)
+        buffers = {name: tensor.cuda() for name, tensor in on_host.items()}
+        qo_indptr, last = i32(0, 1, 2, 3), i32(1, 1, 1)
+        kv_indptr = i32(0, 40, 340, 470).cuda()
+        batch = (qo_indptr.cuda(), kv_indptr, last.cuda(), 16, buffers)
+        plan(*batch, max_seqlen_qo=1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            plan(*batch, max_seqlen_qo=1)
+        changed = i32(0, 4000, 4001, 9000)
+        kv_indptr.copy_(changed)
+        graph.replay()
+        plan(qo_indptr, changed, last, 16, on_host, max_seqlen_qo=1)
+    for name in OUTPUTS[1:]:
+        assert torch.equal(buffers[name].cpu(), on_host[name]), name
+    assert buffers["work_metadata_ptrs"].tolist()[0] == buffers["work_indptr"].data_ptr()
+
+
+# The second is the recipe of aiter's sparse test: it speaks of one query token per list.
+@pytest.mark.parametrize(
+    "lengths", [{"uni_seqlen_qo": 2}, {"max_seqlen_qo": 1, "uni_seqlen_qo": 1}]
+)
+def test_sparse_schedules_one_index_row_for_each_token(lengths):
+    buffers = decode_buffers(2, 2, 16, BF16, BF16, True)
+    plan(i32(0, 2, 4), i32(0, 100, 107), i32(1, 1), 16, buffers, topk=32, **lengths)
     ranges = {}
     for row in works(buffers):
         ranges.setdefault(row[2], []).append(row[4:6])

@@ -498,6 +498,10 @@ BF16 = torch.bfloat16
         ({"k_cache": torch.zeros(5, 16, 2, 576, dtype=BF16)}, r"k_cache must be .* 1, 576\]"),
         ({"k_cache": torch.zeros(5, 16, 1, 576)}, "k_cache must be .* got .* torch.float32"),
         ({"k_cache": torch.zeros(5, 16, 576, dtype=BF16)}, "k_cache must be"),
+        (
+            {"k_cache": torch.zeros(5, 16, 1, 576, dtype=BF16, device="meta")},
+            "k_cache must be on cpu like q, got meta",
+        ),
         ({"is_fp8_kvcache": True}, r"k_cache must be .* 1, 656\] float8_e4m3fn or uint8"),
         (
             {"is_fp8_kvcache": True, "head_dim_v": 256},

@@ -83,7 +83,6 @@ def plan_v1_2_device(
         q_dtype=q_dtype,
         kv_dtype=kv_dtype,
         is_sparse=is_sparse,
-        max_split_per_batch=max_split_per_batch,
     )
     for name, shape in sizes.shapes.items():
         check_buffer(_OP, name, getattr(buffers, name), shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +25,7 @@ from mla_core.metadata import (
     plan_v1_2,
     prefill_sizes,
 )
+from mla_core.metadata.device import plan_v1_2_device
 
 #: Shape and dtype of a buffer; a 1-D shape is its length, as in aiter.
 BufferInfo = tuple[int | tuple[int, int], torch.dtype]
@@ -179,9 +181,13 @@ def get_mla_metadata_v1(
 
     Notes
     -----
-    Differences from aiter. Planned on the host, so tensors on a GPU are waited for. Entries past
-    the end of a schedule are defined: the indptr arrays repeat their last value, everything else
-    is 0. Requests without KV get a work with an empty range, so that their output is written.
+    On a GPU with Triton, the dense ``fast_mode`` with a known ``max_seqlen_qo`` plans on the
+    device, without a host sync and inside a captured CUDA graph too. Everything else is planned on
+    the host, for which tensors on a GPU are waited for.
+
+    Differences from aiter. Entries past the end of a schedule are defined: the indptr arrays repeat
+    their last value, everything else is 0. Requests without KV get a work with an empty range, so
+    that their output is written.
     """
     op = "get_mla_metadata_v1"
     del dtype_q_rope, dtype_kv_rope
@@ -195,9 +201,29 @@ def get_mla_metadata_v1(
         work_indptr, work_info_set, reduce_indptr, reduce_final_map, reduce_partial_map
     )
     _check_pointers(op, work_metadata_ptrs)
-    indices = (seqlens_qo_indptr.cpu(), seqlens_kv_indptr.cpu(), kv_last_page_lens.cpu())
     q_dtype = dtype_name(dtype_q_nope or dtype_q or torch.bfloat16)
     kv_dtype = dtype_name(dtype_kv_nope or dtype_kv or torch.bfloat16)
+    _write_pointers(work_metadata_ptrs, buffers)
+    if fast_mode and topk < 0 and max_seqlen_qo >= 1 and _plans_on_device(seqlens_qo_indptr):
+        plan_v1_2_device(
+            buffers,
+            seqlens_qo_indptr,
+            seqlens_kv_indptr,
+            kv_last_page_lens,
+            num_heads=num_heads_per_head_k,
+            max_seqlen_qo=max_seqlen_qo,
+            profile=_profile(),
+            is_causal=is_causal,
+            page_size=page_size,
+            kv_granularity=kv_granularity,
+            uni_seqlen_qo=uni_seqlen_qo,
+            max_split_per_batch=max_split_per_batch,
+            is_cp_round_robin=is_cp_round_robin,
+            q_dtype=q_dtype,
+            kv_dtype=kv_dtype,
+        )
+        return
+    indices = (seqlens_qo_indptr.cpu(), seqlens_kv_indptr.cpu(), kv_last_page_lens.cpu())
     if fast_mode:
         work = plan_v1_2(
             *indices,
@@ -207,7 +233,8 @@ def get_mla_metadata_v1(
             page_size=page_size,
             kv_granularity=kv_granularity,
             max_seqlen_qo=max_seqlen_qo,
-            uni_seqlen_qo=uni_seqlen_qo,
+            # Token lists are counted by qo_indptr, whatever the call says of one list.
+            uni_seqlen_qo=uni_seqlen_qo if topk < 0 else -1,
             topk=topk,
             max_split_per_batch=max_split_per_batch,
             is_cp_round_robin=is_cp_round_robin,
@@ -244,7 +271,6 @@ def get_mla_metadata_v1(
             kv_dtype=kv_dtype,
         )
     work.copy_into(buffers)
-    _write_pointers(work_metadata_ptrs, buffers)
 
 
 def get_ps_metadata_info_v1(
@@ -418,6 +444,10 @@ def decode_update_mla_metadata_v1(
     _write_pointers(work_metadata_ptrs, buffers)
 
 
+def _plans_on_device(index: torch.Tensor) -> bool:
+    return index.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def _profile() -> DeviceProfile:
     chosen = _PROFILE.get()
     if chosen is not None:
@@ -449,5 +479,7 @@ def _check_pointers(op: str, pointers: torch.Tensor) -> None:
 
 
 def _write_pointers(pointers: torch.Tensor, buffers: WorkList) -> None:
-    addresses = [buffers.work_indptr.data_ptr(), buffers.work_info.data_ptr()]
-    pointers.copy_(torch.tensor(addresses, dtype=torch.uint64))
+    # Filled as int64, in place: a copy from the host could not be captured in a graph.
+    as_int64 = pointers.view(torch.int64)
+    for i, buffer in enumerate((buffers.work_indptr, buffers.work_info)):
+        as_int64[i].fill_(buffer.data_ptr())
