@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import runpy
+import sys
 
 import pytest
 
@@ -13,7 +15,7 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from mla_core import demo
-from mla_core.demo import command
+from mla_core.demo import command, report
 from mla_core.demo.server import PagedServer
 from mla_core.errors import BackendUnavailableError, LayoutError
 
@@ -88,6 +90,12 @@ def test_a_named_backend_is_used_and_named(tmp_path, console):
     assert "use_backend(reference) is active" in console.file.getvalue()
 
 
+def test_bf16_and_single_token_pages(tmp_path, console):
+    options = TINY | {"dtype": "bf16", "page_size": 1}
+    assert demo.main(**options, out_dir=tmp_path, console=console) == 0
+    assert "320 (latent)" in console.file.getvalue()
+
+
 def test_an_unknown_backend_is_an_error(tmp_path, console):
     with pytest.raises(BackendUnavailableError, match="backend 'warp' is not installed"):
         demo.main(**TINY, out_dir=tmp_path, backend="warp", console=console)
@@ -123,3 +131,18 @@ def test_the_command_passes_its_options_on(monkeypatch, capsys):
     monkeypatch.undo()
     assert command.main(["--steps", "1"]) == 2
     assert capsys.readouterr().err == "error: demo: steps must be >= 4, got 1\n"
+
+
+def test_the_module_runs_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mla_core.demo", "--requests", "0"])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_module("mla_core.demo", run_name="__main__")
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == "error: demo: requests must be >= 1, got 0\n"
+
+
+def test_only_the_first_failures_are_printed(console):
+    report.print_verdict(console, [f"step {i}: [bad]" for i in range(13)])
+    printed = console.file.getvalue()
+    assert printed.count("[bad]") == 10
+    assert "FAILED  and 3 more" in printed

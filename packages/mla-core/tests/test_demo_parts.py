@@ -16,7 +16,7 @@ from mla_core.batch import indptr_of
 from mla_core.demo import text
 from mla_core.demo.check import LogitCheck
 from mla_core.demo.pages import PagePool, Request, batch_arrays
-from mla_core.demo.session import accept
+from mla_core.demo.session import Session, accept
 from mla_core.demo.split import SplitStep
 from mla_core.errors import LayoutError, MLAError
 from mla_core.integrations.transformers import Step
@@ -71,6 +71,18 @@ def test_check_tells_a_wrong_token_from_a_tie():
     check.compare("wrong", torch.tensor([[0.0, 1.9999, 2.0, -1.0]]), eager)
     assert check.ties == 0
     assert "wrong: 1 greedy token(s) differ from eager" in check.failures
+
+
+def test_a_continuation_may_differ_at_a_tie_alone():
+    session = Session.__new__(Session)
+    session.check = LogitCheck(tolerance=1e-3)
+    eager = 4 * logits_choosing(1, 2, 3, 4)
+    eager[1, 7] = 4.0
+    assert session._continues([1, 2, 3], [1, 2, 3], eager)
+    assert session._continues([1, 7], [1, 2, 3], eager)
+    assert not session._continues([1, 8], [1, 2, 3], eager)
+    assert not session._continues([1, 2], [1, 2, 3], eager)
+    assert not session._continues([1, 2, 3, 4], [1, 2, 3], eager)
 
 
 def test_check_require():

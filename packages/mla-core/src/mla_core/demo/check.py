@@ -57,6 +57,11 @@ class LogitCheck:
         if wrong:
             self.failures.append(f"{where}: {wrong} greedy token(s) differ from eager")
 
+    def is_tie(self, token: int, eager: torch.Tensor) -> bool:
+        """Say whether eager's logits [vocab_size] rate a token like their best one."""
+        behind = eager.max() - eager[token]
+        return bool(behind <= self.tolerance * eager.std())
+
     def require(self, where: str, is_true: bool, message: str) -> None:
         """Record a failure unless a condition holds."""
         if not is_true:
