@@ -12,9 +12,10 @@ import torch
 from mla_core.testing import interpreter, poison
 
 HAS_GPU = torch.cuda.is_available()
+INTERPRETED = not HAS_GPU and importlib.util.find_spec("triton") is not None
 
 # Before any kernel module is imported: Triton decides at decoration time who will run a kernel.
-if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+if INTERPRETED:
     interpreter.enable()
 
 
@@ -27,8 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     """Say what a failing run needs to be repeated."""
-    device = torch.cuda.get_device_name() if HAS_GPU else "cpu, kernels in Triton's interpreter"
-    return f"torch {torch.__version__}, {device}, --seed {config.getoption('seed')}"
+    device = torch.cuda.get_device_name() if HAS_GPU else "cpu"
+    triton = "interpreted" if INTERPRETED else "compiled" if HAS_GPU else "absent"
+    seed = config.getoption("seed")
+    return f"torch {torch.__version__} on {device}, Triton kernels {triton}, --seed {seed}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -75,11 +75,10 @@ def tests_gpu(session: nox.Session) -> None:
     dev(session, "python", "-m", "pytest", "-m", "gpu", *session.posargs)
 
 
-@nox.session(python=False, requires=["env"], default=False)
+@nox.session(python=False, requires=["wheels"], default=False)
 @nox.parametrize("package", ["mla-core", "mla-triton", "mla-asm", "mla-fusions"])
 def tests_isolated(session: nox.Session, package: str) -> None:
     """Run one package's tests against its wheel, with nothing but its declared dependencies."""
-    wheels(session)
     place = ROOT / ".nox" / f"isolated-{package}"
     extras = "testing,triton" if package == "mla-triton" else "testing"
     environment.create(place)
@@ -118,10 +117,9 @@ def docs(session: nox.Session) -> None:
     dev(session, "sphinx-build", "-W", "-n", "--keep-going", "-q", "docs", "docs/_build/html")
 
 
-@shared
+@nox.session(python=False, requires=["wheels"])
 def build(session: nox.Session) -> None:
     """Build every sdist and wheel, and use each in an environment with only what it declares."""
-    wheels(session)
     files = sorted(map(str, DIST.iterdir()))
     dev(session, "twine", "check", "--strict", *files)
     with_modules = [file for file in files if file.endswith(".whl") and "mla_kernels" not in file]
@@ -136,8 +134,9 @@ def build(session: nox.Session) -> None:
         session.run(str(place / "bin" / "python"), "-I", str(smoke), requirement, external=True)
 
 
+@costly
 def wheels(session: nox.Session) -> None:
-    """Build sdists, and each wheel from its sdist, into dist/."""
+    """Build every sdist, and each wheel from its sdist, into dist/."""
     for old in DIST.glob("mla_*"):
         old.unlink()
     for name in environment.PACKAGES:
