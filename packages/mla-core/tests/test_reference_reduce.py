@@ -149,6 +149,17 @@ def test_tiles_without_a_final_map_are_equally_long(rng):
         torch.testing.assert_close(lse[q], expected_lse, **CLOSE)
 
 
+def test_a_tile_length_is_the_distance_of_two_entries(rng):
+    outs, lses = torch.randn(5, 1, 2, generator=rng), torch.randn(5, 1, generator=rng)
+    entries = torch.tensor([1, 3])
+    before = torch.zeros(2, 1, 2), torch.zeros(2, 1)
+    out, lse = reduce_tiles(outs, lses, torch.tensor([0, 2]), None, entries, *before)
+    for q, rows in enumerate([[1, 3], [2, 4]]):
+        expected, expected_lse = merge_partials(outs[rows], lses[rows])
+        torch.testing.assert_close(out[q], expected, **CLOSE)
+        torch.testing.assert_close(lse[q], expected_lse, **CLOSE)
+
+
 def test_a_tile_length_needs_two_entries():
     with pytest.raises(LayoutError, match="reduce_partial_map must have at least 2 entries"):
         reduce_tiles(
