@@ -300,8 +300,9 @@ def test_the_result_does_not_depend_on_the_work_list(seed):
     assert torch.equal(lse, plain[1])
 
 
-@pytest.mark.parametrize(("form", "q_len"), [("table", 1), ("table", 2), ("flat", 2)])
-def test_topk_table(form, q_len, seed):
+@pytest.mark.parametrize("q_len", [1, 2])
+@pytest.mark.parametrize("logit_cap", [0.0, 0.6])
+def test_topk_table(q_len, logit_cap, seed):
     """Sparse attention: one row of slots for each query token, though qo_indptr has requests."""
     generator = torch.Generator().manual_seed(seed)
     kv_lens, heads, topk = [9, 0, 30], 3, 12
@@ -322,16 +323,24 @@ def test_topk_table(form, q_len, seed):
         o,
         torch.arange(4, dtype=torch.int32) * q_len,
         indptr_of(torch.tensor(kv_lens)),
-        table if form == "table" else table.flatten(),
+        table,
         torch.ones(3, dtype=torch.int32),
         1,
         sm_scale=0.1,
+        logit_cap=logit_cap,
         return_lse=True,
         **work_list(),
     )
     rows = kv_buffer.flatten(1)
     expected_out, _, expected_lse = sparse.sparse_attention(
-        q[..., :64], q[..., 64:], rows[:, :64], rows[:, 64:], table, sm_scale=0.1, topk_length=lens
+        q[..., :64],
+        q[..., 64:],
+        rows[:, :64],
+        rows[:, 64:],
+        table,
+        sm_scale=0.1,
+        topk_length=lens,
+        softcap=logit_cap,
     )
     assert_close(o, expected_out, what="o")
     assert_close(lse, expected_lse, what="lse")
@@ -447,7 +456,7 @@ def test_scales_have_one_element():
 def test_a_topk_table_must_have_a_row_for_each_query_token():
     inputs = DecodeCase("table", (5, 9), dims=SMALL, page_size=1).build()
     arguments = arguments_of(inputs, 1)
-    with pytest.raises(LayoutError, match=r"kv_indices must be a \[T=2, topk\] table"):
+    with pytest.raises(LayoutError, match=r"kv_indices must be \[T=2, topk\]"):
         mla_decode_fwd(**arguments | {"kv_indices": torch.zeros(3, 4, dtype=torch.int32)})
     with pytest.raises(LayoutError, match="cp_world_size must be 1 with a top-k table, got 2"):
         mla_decode_fwd(
@@ -465,6 +474,51 @@ def test_a_work_list_comes_whole(missing):
     inputs = DecodeCase("persistent", (5, 9), dims=SMALL, page_size=1).build()
     with pytest.raises(LayoutError, match=f"{missing} must be given with work_meta_data"):
         mla_decode_fwd(**arguments_of(inputs, 1) | work_list() | {missing: None})
+
+
+def test_a_flat_topk_table_is_not_taken_for_pages():
+    inputs = DecodeCase("flat", (5, 9), q_lens=(2, 2), dims=SMALL, page_size=1).build()
+    with pytest.raises(LayoutError, match=r"q must have at most .*=2 rows with a work list, got 4"):
+        mla_decode_fwd(**arguments_of(inputs, 1) | work_list())
+
+
+def test_context_parallel_arguments():
+    inputs = DecodeCase(
+        "cp", (5, 9), dims=SMALL, page_size=1, q_dtype="fp32", layout="fp32"
+    ).build()
+    arguments = arguments_of(inputs, 1) | {"g_kv_indptr": i32(0, 5, 14)}
+    mla_decode_fwd(**arguments)
+    assert_close(arguments["o"], inputs.expected_out, what="o")
+    with pytest.raises(LayoutError, match="got cp_rank=2, cp_world_size=2"):
+        mla_decode_fwd(**arguments | {"cp_world_size": 2, "cp_rank": 2})
+    with pytest.raises(LayoutError, match=r"g_kv_indptr must be \[3\]"):
+        mla_decode_fwd(**arguments | {"cp_world_size": 2, "g_kv_indptr": i32(0, 5)})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_kv_splits", [None, 1, 4])
+def test_captured_call_replays_with_other_lengths(num_kv_splits, seed):
+    case = DecodeCase("graph", (70, 1, 300), dims=MLADims(16), page_size=16, seed=seed)
+    inputs = case.build("cuda")
+    arguments = arguments_of(inputs, 1)
+    arguments["o"] = arguments["o"].cuda()
+    arguments |= {"num_kv_splits": num_kv_splits, "return_lse": True}
+    mla_decode_fwd(**arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, lse = mla_decode_fwd(**arguments)
+    arguments["o"].fill_(torch.nan)
+    graph.replay()
+    assert_close(arguments["o"], inputs.expected_out, what="o", dtype="bf16")
+    assert_close(lse, inputs.expected_lse, what="lse", dtype="bf16")
+    # The same pages hold fewer tokens: the last ones become two, one and four long.
+    arguments["kv_last_page_lens"].copy_(i32(2, 1, 4))
+    graph.replay()
+    replayed = arguments["o"].clone(), lse.clone()
+    _, eager_lse = mla_decode_fwd(**arguments)
+    assert torch.equal(replayed[0], arguments["o"])
+    assert torch.equal(replayed[1], eager_lse)
+    assert not torch.equal(lse.cpu().double(), inputs.expected_lse)
 
 
 def test_work_lists_have_their_shapes():

@@ -421,6 +421,34 @@ def test_lazy_schedule_keeps_the_plan_while_shapes_stay(rng):
     assert_close(lse, dense_truth(arguments, *shorter, causal=True)[1], what="lse")
 
 
+@pytest.mark.gpu
+def test_captured_call_replays_with_other_lengths(rng):
+    arguments, kv_c, k_pe = dense_batch(
+        "bf16", MLADims(16), [90, 300], 1, 16, 64, torch.bfloat16, rng
+    )
+    on_device = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    schedule = FlashMLASchedMeta()
+    flash_mla_with_kvcache(**on_device, tile_scheduler_metadata=schedule)
+    eager_plan = schedule.plan
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = flash_mla_with_kvcache(**on_device, tile_scheduler_metadata=schedule)
+    # The graph owns its workspaces: dropping the schedule must not free them.
+    assert schedule.plan is not eager_plan
+    del schedule, eager_plan
+    for lens in ([90, 300], [0, 64]):
+        on_device["cache_seqlens"].copy_(i32(*lens))
+        out.fill_(torch.nan)
+        graph.replay()
+        cut = [[row[:n] for row, n in zip(rows, lens, strict=True)] for rows in (kv_c, k_pe)]
+        expected_out, expected_lse = dense_truth(arguments, *cut)
+        assert_close(out, expected_out, what="out", dtype="bf16")
+        assert_close(lse, expected_lse, what="lse", dtype="bf16")
+
+
 @pytest.mark.parametrize("batch_size", [0, 1, 3, 7])
 @pytest.mark.parametrize("topk", [None, 64])
 def test_schedule_tensors_cover_each_request_once(batch_size, topk):

@@ -68,8 +68,7 @@ def mla_decode_fwd(
     kv_indices : [>= kv_indptr[B]], int32
         Physical pages; -1 hides a page. Or a [T, topk] table of slots for sparse attention (pages
         of one token): token ``t`` attends to the first ``min(kv_len, topk)`` entries of row ``t``,
-        -1 being padding. A flat table is recognised when a work list is given and T exceeds
-        ``B * max_seqlen_q``.
+        -1 being padding. The table must be 2-D: a flat one looks like a list of pages.
     kv_last_page_lens : [B], int32
         Tokens in each last page; not read when ``page_size`` is 1, or for empty requests.
     max_seqlen_q : int
@@ -137,8 +136,7 @@ def mla_decode_fwd(
     batch_size = max(qo_indptr.numel() - 1, 0)
     global_kv_lens = _global_kv_lens(g_kv_indptr, batch_size, page_size, cp_world_size, q.device)
 
-    has_flat_table = is_persistent and q.shape[0] > batch_size * max_seqlen_q
-    if kv_indices.ndim == 2 or has_flat_table:
+    if kv_indices.ndim == 2:
         if cp_world_size > 1:
             raise LayoutError(
                 f"{_OP}: cp_world_size must be 1 with a top-k table, got {cp_world_size}"
@@ -148,6 +146,11 @@ def mla_decode_fwd(
         )
         return o.unsqueeze(1), lse
 
+    if is_persistent and q.shape[0] > batch_size * max_seqlen_q:
+        raise LayoutError(
+            f"{_OP}: q must have at most B * max_seqlen_q={batch_size * max_seqlen_q} rows with a "
+            f"work list, got {q.shape[0]}; a top-k table is passed as kv_indices [T, topk]"
+        )
     check_query_lens(_OP, qo_indptr, q.shape[0], max_seqlen_q)
     if num_kv_splits_indptr is not None:
         shape, int32 = (batch_size + 1,), (torch.int32,)
@@ -248,16 +251,15 @@ def _attend_table(
             f"{_OP}: page_size must be 1 with a top-k table, got {cache.page_size}; "
             "a table holds token slots"
         )
-    if table.numel() % max(total_q, 1) or (table.ndim == 2 and table.shape[0] != total_q):
+    if table.shape[0] != total_q:
         raise LayoutError(
-            f"{_OP}: kv_indices must be a [T={total_q}, topk] table or its flat view when q has "
-            f"more than max_seqlen_q rows per request, got {tuple(table.shape)}"
+            f"{_OP}: kv_indices must be [T={total_q}, topk] when it is a table, "
+            f"got {tuple(table.shape)}"
         )
     int32, device = (torch.int32,), q.device
     indptr_shape = (qo_indptr.numel(),)
     check_tensor(_OP, "qo_indptr", qo_indptr, shape=("B + 1",), dtypes=int32, device=device)
     check_tensor(_OP, "kv_indptr", kv_indptr, shape=indptr_shape, dtypes=int32, device=device)
-    table = table.reshape(total_q, -1 if total_q else 0)
     token = torch.arange(total_q, dtype=torch.int32, device=device)
     # Rows past the last request belong to none; a zero behind the end gives them no keys.
     request = torch.searchsorted(qo_indptr[1:], token, right=True)

@@ -174,6 +174,8 @@ def _dense(
         kv.page_size,
         max_seqlen_k,
         causal,
+        # A captured graph must own the buffers it writes, and outlives this object.
+        q.is_cuda and torch.cuda.is_current_stream_capturing(),
     )
     kept = schedule if isinstance(schedule, FlashMLASchedMeta) else FlashMLASchedMeta()
     if kept.plan is None or kept.planned_for != planned_for:
