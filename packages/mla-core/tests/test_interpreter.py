@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+
 from mla_core.errors import BackendUnavailableError
 from mla_core.testing import interpreter
 
