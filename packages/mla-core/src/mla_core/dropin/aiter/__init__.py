@@ -2,7 +2,7 @@
 
 Names, positional order, defaults, in-place outputs and return values are those of ``aiter.mla`` and
 of ``aiter``'s metadata functions. Four things differ everywhere: bad input raises
-`mla_core.LayoutError` instead of aborting the process; every returned log-sum-exp is valid,
+`mla_core.errors.LayoutError` instead of aborting the process; every returned log-sum-exp is valid,
 natural-log and -inf for rows that see nothing (whose output is 0); the storage of an output tensor
 is never exchanged; and any head count from 1 to 128, any number of query tokens and any page size
 are accepted wherever the selected backend has a kernel.
