@@ -1,6 +1,6 @@
-"""Sweep the Triton decode kernels' configurations on the GPU at hand.
+"""Sweep the Triton decode kernel's configurations on the GPU at hand.
 
-    python tools/tune_decode.py                       every case, both kernels
+    python tools/tune_decode.py                       every case
     python tools/tune_decode.py --cases h16/q1/b128/s8192 --out tuned.jsonl
 
 Each configuration is checked against fp32 attention on the same data before it is timed. Times are
@@ -48,19 +48,13 @@ PAGE_SIZE = 64
 def configurations(num_rows: int) -> Iterator[DecodeConfig]:
     """Yield what is worth trying for a number of query rows."""
     block_m = min(64, max(16, 1 << (num_rows - 1).bit_length()))
-    for block_n, warps, stages, programs_per_sm in (
-        (64, 4, 2, 1),
-        (64, 8, 2, 1),
-        (32, 4, 2, 2),
-        (32, 4, 4, 1),
-        (32, 8, 3, 1),
-        (128, 8, 1, 1),
-    ):
-        yield DecodeConfig("decode_swapped", block_m, block_n, warps, stages, programs_per_sm)
-    for block_n, warps, stages in ((64, 8, 2), (32, 8, 3), (32, 8, 2)):
-        yield DecodeConfig("decode", 64, block_n, warps, stages)
-    if block_m < 64:
-        yield DecodeConfig("decode", block_m, 64, 4, 2, programs_per_sm=2 if block_m == 16 else 1)
+    tried = {
+        16: ((64, 4, 2, 2), (64, 4, 3, 1), (64, 8, 2, 2), (32, 4, 3, 3), (32, 4, 4, 2)),
+        32: ((64, 4, 2, 2), (64, 8, 3, 1), (32, 4, 3, 2), (32, 4, 4, 2)),
+        64: ((64, 8, 2, 1), (32, 8, 3, 1), (32, 8, 4, 1), (64, 4, 2, 1)),
+    }
+    for block_n, warps, stages, programs_per_sm in tried[block_m]:
+        yield DecodeConfig(block_m, block_n, warps, stages, programs_per_sm)
 
 
 class Case:
@@ -143,7 +137,7 @@ def sweep(name: str, samples: int, splits: list[int]) -> list[dict[str, object]]
     for config in configurations(case.dims.num_heads * case.q_len):
         automatic = with_config(case.plan, config).num_kv_splits
         for num_kv_splits in sorted({automatic, *splits}):
-            label = f"{name} {config.kernel} {config.launch} splits={num_kv_splits}"
+            label = f"{name} {config.launch} splits={num_kv_splits}"
             plan = with_config(case.plan, config, num_kv_splits)
             try:
                 microseconds, error = case.measure(plan, samples)

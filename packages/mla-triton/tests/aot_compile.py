@@ -11,7 +11,6 @@ from triton.compiler import ASTSource
 
 from mla_core.kernels.reduce import reduce_partials_kernel
 from mla_triton.kernels.decode import decode_kernel
-from mla_triton.kernels.decode_swapped import decode_swapped_kernel
 
 TARGETS = {
     "sm90": GPUTarget("cuda", 90, 32),
@@ -20,7 +19,6 @@ TARGETS = {
 }
 KERNELS = {
     "decode": decode_kernel,
-    "decode_swapped": decode_swapped_kernel,
     "reduce": reduce_partials_kernel,
 }
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "v_mfma")

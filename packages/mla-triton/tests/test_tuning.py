@@ -14,7 +14,7 @@ from mla_triton import tuning
 from mla_triton.backend import GPU_ARCHS
 from mla_triton.tuning import DecodeConfig
 
-ROW = {"kernel": "decode", "BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+ROW = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
 
 def request_of(arch="sm90", heads=16, q_len=1, q_dtype="bf16", rank=512, features=()):
@@ -74,12 +74,11 @@ def test_rows_count_query_tokens_unless_batch_invariant(table):
         ([ROW], r"row 0: `when` must be an object, got NoneType"),
         ([{"when": {"heads": 1}} | ROW], "row 0: `when` must use q_dtype, num_rows"),
         ([{"when": {}, "BLOCK_K": 1} | ROW], r"keys must be among .* got \['BLOCK_K'\]"),
-        ([{"when": {}} | ROW | {"kernel": "magic"}], "kernel must be one of decode"),
         ([{"when": {}} | ROW | {"BLOCK_M": 24}], "BLOCK_M must be a power of two >= 16, got 24"),
         ([{"when": {}} | ROW | {"BLOCK_N": 8}], "BLOCK_N must be a power of two >= 16, got 8"),
-        ([{"when": {}, "kernel": "decode"}], "row 0: .*missing"),
+        ([{"when": {}, "BLOCK_M": 16}], "row 0: .*missing"),
     ],
-    ids=["empty", "no-default", "no-when", "condition", "key", "kernel", "odd", "small", "missing"],
+    ids=["empty", "no-default", "no-when", "condition", "key", "odd", "small", "missing"],
 )
 def test_mistakes_in_a_table(table, rows, message):
     table(rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -40,7 +39,7 @@ def make_schedule(request: PlanRequest, config: tuning.DecodeConfig) -> Schedule
             "lse": ((request.total_q, dims.num_heads), torch.float32),
         }
     return Schedule(
-        kernel=config.kernel,
+        kernel="flash_decode",
         num_kv_splits=num_splits,
         because=because,
         config=config.launch,
@@ -137,7 +136,7 @@ def launch_decode(
     options: AttentionOptions,
     schedule: Schedule,
 ) -> None:
-    """Launch a decode kernel over plain tensors; the caller has checked them.
+    """Launch the decode kernel over plain tensors; the caller has checked them.
 
     Parameters
     ----------
@@ -147,6 +146,9 @@ def launch_decode(
         The result when there is one split, else fp32 partials.
     lse : [total_q, num_kv_splits, num_heads], fp32, or None
     """
+    # Imported at the first launch: Triton costs a second and may be absent.
+    from mla_triton.kernels.decode import decode_kernel
+
     num_heads, kv_lora_rank = ql_nope.shape[1:]
     num_pages, page_size = kv_c.shape[:2]
     batch_size = qo_indptr.numel() - 1
@@ -157,7 +159,7 @@ def launch_decode(
     min_split_blocks = max(1, MIN_SPLIT_TOKENS // config["BLOCK_N"])
     grid = (-(-num_rows // config["BLOCK_M"]), schedule.num_kv_splits, batch_size)
     unused = kv_indptr
-    _kernel(schedule.kernel)[grid](
+    decode_kernel[grid](
         out,
         unused if lse is None else lse,
         ql_nope,
@@ -193,17 +195,6 @@ def launch_decode(
         HAS_WINDOW=options.window is not None,
         **config,
     )
-
-
-def _kernel(name: str) -> Any:
-    """Import a kernel at its first launch: Triton costs a second and may be absent."""
-    if name == "decode":
-        from mla_triton.kernels.decode import decode_kernel
-
-        return decode_kernel
-    from mla_triton.kernels.decode_swapped import decode_swapped_kernel
-
-    return decode_swapped_kernel
 
 
 def _num_splits(request: PlanRequest, config: tuning.DecodeConfig) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Tuning tables: which kernel variant and tile sizes serve a decode problem.
+"""Tuning tables: which tile sizes serve a decode problem.
 
 ``configs/<arch>/decode.json`` is a list of rows, read top to bottom; the first whose ``when`` holds
 is taken, and the last one holds always. ``MLA_TUNING_PATH`` names a directory that replaces the
@@ -18,7 +18,6 @@ from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.plan import PlanRequest
 
 _PACKAGED = Path(__file__).parent / "configs"
-KERNELS = ("decode", "decode_swapped")
 _CONDITIONS = ("q_dtype", "num_rows", "kv_lora_rank", "page_size")
 
 
@@ -28,8 +27,6 @@ class DecodeConfig:
 
     Parameters
     ----------
-    kernel : "decode" or "decode_swapped"
-        Query rows or cached tokens on the M side of the matrix units.
     BLOCK_M : int
         Query rows (token x head) of a program, a power of two >= 16.
     BLOCK_N : int
@@ -40,7 +37,6 @@ class DecodeConfig:
         Programs that fit on one multiprocessor, for the split heuristic.
     """
 
-    kernel: str
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
@@ -49,10 +45,6 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no kernel could run."""
-        if self.kernel not in KERNELS:
-            raise LayoutError(
-                f"DecodeConfig: kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}"
-            )
         for name in ("BLOCK_M", "BLOCK_N"):
             value = getattr(self, name)
             if value < 16 or value & (value - 1):

@@ -74,28 +74,11 @@ def query_rows(
 
 
 @triton.jit
-def page_ids(
+def token_rows(
     start,  # multiple of BLOCK_N
     end,
     page_begin,
     kv_page_indices_ptr,  # [>= kv_indptr[-1]] i32
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Return the page of BLOCK_N tokens: one number where they share it; -1 past ``end``.
-
-    Loops call it one step ahead, so that the next tile's loads never wait for their addresses.
-    """
-    token = start if PAGE_SIZE % BLOCK_N == 0 else start + tl.arange(0, BLOCK_N)
-    entry = kv_page_indices_ptr + page_begin + token // PAGE_SIZE
-    return tl.load(entry, mask=token < end, other=-1)
-
-
-@triton.jit
-def token_rows(
-    start,  # multiple of BLOCK_N
-    end,
-    page,  # of `page_ids`
     num_cache_pages,
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -105,9 +88,13 @@ def token_rows(
     A token past ``end``, or on a page id outside the cache, is not live.
     """
     token = start + tl.arange(0, BLOCK_N)
+    entry_ptr = kv_page_indices_ptr + page_begin
     if PAGE_SIZE % BLOCK_N == 0:
+        # The block lies in one page: one scalar load, and rows one after another.
+        page = tl.load(entry_ptr + start // PAGE_SIZE)
         offset = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
     else:
+        page = tl.load(entry_ptr + token // PAGE_SIZE, mask=token < end, other=-1)
         offset = token % PAGE_SIZE
     is_live = (token < end) & (page >= 0) & (page < num_cache_pages)
     return token, page.to(tl.int64), offset, is_live

@@ -1,4 +1,4 @@
-"""Absorbed MLA decode, query rows on the M side of the matrix units.
+"""Absorbed MLA decode over paged rows.
 
 s = sm_scale * (ql_nope @ kv_c.T + q_pe @ k_pe.T);  out = softmax(s) @ kv_c
 Grid (row blocks, num_splits, batch_size): a program owns BLOCK_M rows (query token x head) of one
@@ -13,7 +13,6 @@ from triton import language as tl
 
 from mla_triton.kernels._math import (
     finite_or_zero,
-    page_ids,
     query_rows,
     request_bounds,
     scale_scores,
@@ -114,13 +113,9 @@ def decode_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     denom = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    next_page = page_ids(begin, end, page_begin, kv_page_indices_ptr, PAGE_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         token, page, offset, is_live = token_rows(
-            start, end, next_page, num_cache_pages, PAGE_SIZE, BLOCK_N
-        )
-        next_page = page_ids(
-            start + BLOCK_N, end, page_begin, kv_page_indices_ptr, PAGE_SIZE, BLOCK_N
+            start, end, page_begin, kv_page_indices_ptr, num_cache_pages, PAGE_SIZE, BLOCK_N
         )
         kv_c = tl.load(
             kv_c_ptr + (page * kv_c_stride_p + offset * kv_c_stride_t)[:, None] + d[None, :],
