@@ -59,7 +59,7 @@ _KV_TYPES = frozenset({"bf16", "fp8", "byte"})
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PACKAGED = Path(__file__).parent / "hsa"
 # An editable install runs from packages/mla-asm/src/mla_asm of a checkout.
-_CHECKOUT = Path(__file__).parents[4] / "hsa"
+_CHECKOUT = Path(__file__).parent.joinpath("../../../../hsa").resolve()
 
 
 @dataclass(frozen=True, slots=True)
