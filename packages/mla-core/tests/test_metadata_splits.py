@@ -55,6 +55,13 @@ def test_a_wish_is_kept_unless_fp8_splits_become_too_short():
     assert _choose(GFX942, 1, 129, "fp8_e4m3", num_kv_splits=9, num_heads=24, q_len=2) == 2
 
 
+def test_cost_of_a_split():
+    """3 requests on 4 units: 4 splits fill the wave, worth it from 672.8 = 8 * 84.1 entries on."""
+    profile = DeviceProfile("cpu", 4)
+    assert _choose(profile, 3, 672, "bf16") == 1
+    assert _choose(profile, 3, 673, "bf16") == 4
+
+
 def test_empty_caches_have_one_split():
     assert _choose(GFX942, 8, 0, "fp8_e4m3") == 1
 
