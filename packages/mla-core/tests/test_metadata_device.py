@@ -151,7 +151,9 @@ def test_chosen_cases(q_lens, kv_lens, options):
 @needs_triton
 def test_more_requests_than_one_block():
     """Searches and prefix sums go on in the next block of 128 requests."""
-    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    seed = torch.seed() % 2**31
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
     kv_lens = torch.randint(0, 60, (300,), generator=generator).tolist()
     kv_lens[:150] = [0] * 150
     scratch = torch.empty(scratch_size(300, 5), dtype=torch.int64, device=DEVICE)

@@ -152,7 +152,9 @@ def test_every_step_covers_every_request(kv_lens, q_len, num_cu, steps, num_head
 
 @pytest.mark.gpu
 def test_updates_inside_a_captured_graph():
-    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    seed = torch.seed() % 2**31
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
     kv_lens = torch.randint(1, 9000, (64,), generator=generator).tolist()
     profile = DeviceProfile("sm90", 132)
     _, host = _plan(1, kv_lens, profile=profile)
