@@ -15,6 +15,7 @@ from mla_core.plan import plan_decode
 from mla_core.reference import attention
 from mla_core.testing.assertions import TOLERANCES, assert_close
 from mla_core.testing.poison import poison_
+from mla_core.testing.sync import no_sync
 from mla_triton import tuning
 from mla_triton.decode import with_config
 
@@ -199,12 +200,9 @@ def test_plan_reads_nothing_when_given_bounds():
     bounds = {"total_q": 2, "max_seqlen_q": 1, "max_seqlen_k": 3000}
     plan = plan_decode(DIMS, qo_indptr, kv, backend="triton", **bounds)
     out = decode(ql_nope, q_pe, kv, plan, sm_scale=DIMS.sm_scale)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         plan = plan_decode(DIMS, qo_indptr, kv, backend="triton", **bounds)
         decode(ql_nope, q_pe, kv, plan, sm_scale=DIMS.sm_scale, out=out)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("kv_lora_rank", "rope"), [(256, 32), (512, 0), (448, 64), (1024, 64)])

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from mla_core.testing.sync import no_sync
+
 Call = Callable[[int], torch.Tensor]
 
 #: A GPU sample lasts at least this long, so that the resolution of events does not matter.
@@ -88,7 +90,9 @@ class GraphClock:
     """
 
     def __init__(self, call: Call, num_sets: int) -> None:
-        _require_no_sync(call)
+        # A call that waits for the device is refused before a capture would break on it.
+        with no_sync():
+            call(0)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -113,16 +117,6 @@ class GraphClock:
                 self.replay()
 
         return _elapsed_us(run) / (self._tours * self._num_sets)
-
-
-def _require_no_sync(call: Call) -> None:
-    """Raise where a call waits for the device, before a capture would break on it."""
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call(0)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _elapsed_us(run: Callable[[], None]) -> float:
