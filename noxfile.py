@@ -33,6 +33,9 @@ def dev(session: nox.Session, program: str, *arguments: str, **variables: str) -
     """Run a program of the shared environment."""
     # Compiled files halve the time of importing torch; some machines turn them off.
     changes: dict[str, str | None] = {"PYTHONDONTWRITEBYTECODE": None, **variables}
+    # OpenMP threads that spin while they wait take the core from the thread they wait for when a
+    # machine has fewer free cores than it reports; steps then take ten times as long.
+    changes.setdefault("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "passive"))
     changes["PATH"] = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
     session.run(str(BIN / program), *arguments, env=changes, external=True)
 

@@ -90,7 +90,7 @@ def print_summary(
     table = Table(title="Summary", title_justify="left")
     for heading in ("", "mla_core", "transformers eager"):
         table.add_column(heading, overflow="fold")
-    table.add_row("decode tokens/s", f"{ours:.1f}", f"{eager:.1f}")
+    table.add_row("decode tokens/s (median)", f"{ours:.1f}", f"{eager:.1f}")
     table.add_row(
         "cache bytes/token",
         f"{memory.latent:,} (latent)",

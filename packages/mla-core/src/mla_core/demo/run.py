@@ -49,15 +49,12 @@ def run(options: Options, console: Console) -> int:
     report.print_ops(console, ops)
     report.print_summary(
         console,
-        rates=(
-            session.num_decoded / session.ours_watch.seconds,
-            session.num_decoded / session.eager_watch.seconds,
-        ),
+        rates=(session.rate(session.ours_watch), session.rate(session.eager_watch)),
         memory=memory,
         check=session.check,
         merge=session.merge,
         notes=[
-            ("tokens of the timed steps", str(session.num_decoded)),
+            ("tokens generated", str(session.num_decoded)),
             ("drafts accepted, per request", " ".join(session.acceptance)),
             ("pages used again after a release", str(session.num_reused_pages)),
             ("seconds", f"{time.perf_counter() - start:.1f}"),

@@ -14,11 +14,11 @@ from mla_core.integrations.transformers import PagedLatentCache
 
 
 class Stopwatch:
-    """Seconds spent inside ``with`` blocks, the device's work included."""
+    """Seconds spent inside each ``with`` block, the device's work included."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds = 0.0
+        self.laps: list[float] = []
 
     def __enter__(self) -> None:
         """Start."""
@@ -26,9 +26,9 @@ class Stopwatch:
         self._start = time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
-        """Stop, and add to ``seconds``."""
+        """Stop, and add a lap."""
         self._synchronise()
-        self.seconds += time.perf_counter() - self._start
+        self.laps.append(time.perf_counter() - self._start)
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
