@@ -21,6 +21,7 @@ def attend(
     value_dim: int,
     softcap: float = 0.0,
     sink: torch.Tensor | None = None,
+    start: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Online softmax of pre-scaled queries over tiles of rows.
 
@@ -36,6 +37,8 @@ def attend(
         0 for none.
     sink : [M], fp32, optional
         Extra logit of each query row, with a zero value.
+    start : (out [M, value_dim], lse [M]), fp32, optional
+        Normalised result over rows already seen, to continue from; without the sink.
 
     Returns
     -------
@@ -45,9 +48,13 @@ def attend(
         Natural log; -inf for a query that sees nothing and has no sink.
     """
     num_rows = queries.shape[0]
-    running_max = queries.new_full((num_rows, 1), float("-inf"))
-    denom = queries.new_zeros((num_rows, 1))
-    acc = queries.new_zeros((num_rows, value_dim))
+    if start is None:
+        running_max = queries.new_full((num_rows, 1), float("-inf"))
+        denom = queries.new_zeros((num_rows, 1))
+        acc = queries.new_zeros((num_rows, value_dim))
+    else:
+        acc, running_max = start[0], start[1][:, None]
+        denom = (running_max > float("-inf")).float()
     for rows, visible in tiles:
         scores = queries @ rows.T
         if softcap:

@@ -8,20 +8,20 @@ import torch
 
 from mla_core.batch import PagedKV
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule
+from mla_core.reference_backend import fused
 from mla_core.reference_backend.attend import MAX_QUERY_ROWS, TILE, attend
 from mla_core.reference_backend.rows import query_rows, read_rows
 
-_SCHEDULE = Schedule(
-    kernel="torch_online_softmax",
-    because="one pass per request, no split",
-    config={"TILE": TILE},
-)
+_KERNEL = "torch_online_softmax"
 
 
 def plan_decode(request: PlanRequest) -> Schedule:
-    """Every problem gets the same schedule: requests one after another, nothing split."""
-    del request
-    return _SCHEDULE
+    """Take requests one after another, nothing split; on the CPU with torch's fused kernel."""
+    return Schedule(
+        kernel=_KERNEL,
+        because="one pass per request, no split",
+        config={"TILE": TILE, "FUSED": int(fused.applies(request))},
+    )
 
 
 def decode(
@@ -49,20 +49,40 @@ def decode(
     kv_lens = kv.seq_lens.tolist()
     global_lens = kv_lens if global_kv_lens is None else global_kv_lens.tolist()
     q_bounds = plan.qo_indptr.tolist()
-    tokens_at_once = max(1, MAX_QUERY_ROWS // num_heads)
+    is_fused = bool(plan.schedule.config["FUSED"])
+    max_query_rows = fused.MAX_QUERY_ROWS if is_fused else MAX_QUERY_ROWS
+    tokens_at_once = max(1, max_query_rows // num_heads)
+    plain_queries = torch.cat((ql_nope, q_pe), dim=-1) if is_fused else None
     for b, kv_len in enumerate(kv_lens):
         q_begin, q_end = q_bounds[b], q_bounds[b + 1]
         for first in range(q_begin, q_end, tokens_at_once):
             last = min(first + tokens_at_once, q_end)
-            # Key positions each query token may see: below `limit`, not below `start`.
             distance = torch.arange(q_end - 1 - first, q_end - 1 - last, -1, device=out.device)
-            block_out, block_lse = attend(
-                queries[first:last].flatten(0, 1),
-                _tiles(kv, slots[b, :kv_len], global_lens[b], distance, num_heads, plan.options),
-                value_dim=value_dim,
-                softcap=plan.options.softcap,
-                sink=None if sink is None else sink.float().repeat(last - first),
-            )
+            request_slots = slots[b, :kv_len]
+            num_common, result = 0, None
+            if plain_queries is not None:
+                common = fused.common_slots(q_end - 1 - first, request_slots, plan.options)
+                num_common = common.numel()
+                result = fused.attend_fused(
+                    plain_queries[first:last].flatten(0, 1),
+                    kv,
+                    common,
+                    sm_scale=sm_scale,
+                    value_dim=value_dim,
+                )
+            if result is None or num_common < kv_len or sink is not None:
+                rest = _tiles(
+                    kv, request_slots, num_common, global_lens[b], distance, num_heads, plan.options
+                )
+                result = attend(
+                    queries[first:last].flatten(0, 1),
+                    rest,
+                    value_dim=value_dim,
+                    softcap=plan.options.softcap,
+                    sink=None if sink is None else sink.float().repeat(last - first),
+                    start=result,
+                )
+            block_out, block_lse = result
             out[first:last] = block_out.view(last - first, num_heads, value_dim).to(out.dtype)
             if lse is not None:
                 lse[first:last] = block_lse.view(last - first, num_heads)
@@ -71,18 +91,22 @@ def decode(
 def _tiles(
     kv: PagedKV,
     slots: torch.Tensor,
+    first_key: int,
     global_len: int,
     distance: torch.Tensor,
     num_heads: int,
     options: AttentionOptions,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Yield rows with their visibility; ``distance`` counts query tokens behind each query."""
+    """Yield rows from ``first_key`` on with their visibility.
+
+    ``distance`` counts the query tokens behind each query.
+    """
     hides_some = bool((slots < 0).any())
     position = torch.arange(slots.numel(), device=slots.device)
     position = position * options.cp_world_size + options.cp_rank
     query_position = global_len - 1 - distance
     needs_limit = options.causal and (distance.numel() > 1 or options.cp_world_size > 1)
-    for begin in range(0, slots.numel(), TILE):
+    for begin in range(first_key, slots.numel(), TILE):
         tile_slots = slots[begin : begin + TILE]
         keys = position[begin : begin + TILE]
         visible = None
