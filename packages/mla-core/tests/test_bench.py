@@ -202,14 +202,12 @@ def test_rows_survive_a_file(tmp_path: Path):
 
 #: Kernels of a fake backend; ``{body}`` spoils the result or not.
 FAKE_KERNELS = """
-import torch
-from mla_core.plan import Schedule
 from mla_core.reference_backend import decode as right
 
 CALLS = []
 
 def plan_decode(request):
-    return Schedule(kernel="fake")
+    return right.plan_decode(request)
 
 def decode(ql_nope, q_pe, kv, plan, **arguments):
     CALLS.append(1)
