@@ -116,7 +116,6 @@ class PagedKV:
         target = torch.where(is_used, kv_indptr[:-1, None] + column, block_table.numel())
         flat = block_table.new_full((block_table.numel() + 1,), -1)
         flat.scatter_(0, target.flatten().long(), block_table.flatten())
-        flat[block_table.numel()] = -1
         last_page_len = seq_lens - (num_pages - 1).clamp(min=0) * page_size
         return cls.from_csr(cache, kv_indptr, flat[: block_table.numel()], last_page_len)
 
