@@ -176,7 +176,10 @@ def test_qk_rope_quant(rng, is_neox, scale_format):
         got.q, got.k, got.weights, torch.zeros(3), ends, k_scales=got.k_scales.squeeze(-1)
     )
     exact = mqa_logits(turn(q), turn(normed), 0.3 * weights, torch.zeros(3), ends)
-    assert (folded - exact).norm() < 0.1 * exact.norm()
+    # Terms of both signs cancel in a logit, and their rounding errors do not: 0.02 of the terms'
+    # sizes is three times the worst of 3000 seeds, and less than half of a typical logit.
+    size = mqa_logits(turn(q).abs(), turn(normed).abs(), 0.3 * weights.abs(), torch.zeros(3), ends)
+    assert (folded - exact).norm() < 0.02 * size.norm()
 
 
 def test_qk_rope_quant_wants_one_group_for_each_query():
