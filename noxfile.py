@@ -83,7 +83,8 @@ def tests_gpu(session: nox.Session) -> None:
 def tests_isolated(session: nox.Session, package: str) -> None:
     """Run one package's tests against its wheel, with nothing but its declared dependencies."""
     place = ROOT / ".nox" / f"isolated-{package}"
-    extras = "testing,triton" if package == "mla-triton" else "testing"
+    # Beside pytest, the extras without which a package's tests have little to run.
+    extras = {"mla-core": "testing,cli", "mla-triton": "testing,triton"}.get(package, "testing")
     environment.create(place)
     environment.install_wheel(place, f"{package}[{extras}]", DIST)
     session.run(

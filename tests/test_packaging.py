@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 import tomllib
@@ -174,30 +173,6 @@ def test_metadata_for_running_from_source_has_the_entry_points(tmp_path):
     assert folder.name == "mla_asm-0.1.0.dist-info"
     text = (folder / "entry_points.txt").read_text()
     assert text == "[mla_core.backends]\nasm = mla_asm.backend:BACKEND\n"
-
-
-def test_the_core_imports_quickly_and_alone():
-    script = (
-        "import sys, time, torch\n"
-        "start = time.process_time()\n"
-        "import mla_core\n"
-        "print(time.process_time() - start)\n"
-        "print(sorted(sys.modules.keys() & {'triton', 'mla_triton', 'mla_asm', 'mla_fusions',"
-        " 'rich', 'transformers', 'matplotlib'}))"
-    )
-    # Once to compile, then twice to measure.
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", script],
-            check=True,
-            capture_output=True,
-            text=True,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
-        ).stdout.splitlines()
-        for _ in range(3)
-    ]
-    assert all(loaded == "[]" for _, loaded in outputs)
-    assert min(float(seconds) for seconds, _ in outputs) < 0.1
 
 
 def test_the_bootstrap_explains_itself_without_setting_up(tmp_path):
