@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from mla_core import bench, layouts
 from mla_core.bench import BenchCase, Prepared, Row, Settings, ceilings, contenders
 from mla_core.bench.rows import commit, read_rows, versions
-from mla_core.bench.timing import HostClock, summarise
+from mla_core.bench.timing import EventClock, GraphClock, HostClock, summarise
 from mla_core.bench.workload import DecodeWorkload, build_decode
 from mla_core.errors import BackendUnavailableError, LayoutError, MLAError
 
@@ -327,6 +328,68 @@ def test_host_clock_walks_over_the_data_sets():
     clock = HostClock(call, 3)
     assert all(clock.sample() > 0 for _ in range(7))
     assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.fixture
+def stand_in_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace what the GPU clocks use of torch.cuda: events tell host time, graphs do nothing."""
+
+    class StandIn:
+        time = 0.0
+
+        def __init__(self, enable_timing: bool = False) -> None:
+            assert enable_timing or type(self) is StandIn
+
+        def record(self) -> None:
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, other: StandIn) -> float:
+            return (other.time - self.time) * 1e3
+
+        def nothing(self, *arguments: object) -> None:
+            if hasattr(self, "sleep"):
+                time.sleep(self.sleep)
+
+        synchronize = wait_stream = replay = __exit__ = nothing
+
+        def __enter__(self) -> StandIn:
+            return self
+
+    graph = StandIn()
+    graph.sleep = 1e-4
+    for name, value in {
+        "Event": StandIn,
+        "Stream": StandIn,
+        "CUDAGraph": lambda: graph,
+        "current_stream": StandIn,
+        "stream": lambda stream: stream,
+        "graph": lambda graph: graph,
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_gpu_clocks_count_calls_and_divide_by_them(stand_in_gpu: None):
+    seen = []
+
+    def call(i: int) -> torch.Tensor:
+        seen.append(i)
+        time.sleep(1e-4)
+        return torch.tensor(i)
+
+    clock = EventClock(call, 3)
+    assert seen == [0, 1, 2], "one tour to find out how long it takes"
+    seen.clear()
+    # No call takes less than it sleeps; a sum over the tour would be three times as much.
+    assert 100 <= min(clock.sample() for _ in range(5)) < 300
+    assert seen == [0, 1, 2] * (len(seen) // 3)
+
+    graph = GraphClock(call, 3)
+    assert [int(out) for out in graph.outputs] == [0, 1, 2]
+    seen.clear()
+    assert 100 / 3 <= min(graph.sample() for _ in range(5)) < 100
+    assert seen == [], "replays only"
 
 
 def test_ceilings_are_measured_and_bind():

@@ -109,24 +109,29 @@ def run(
     Contenders take turns sample by sample, so that a change of clocks or load meets all of them.
     """
     for case in cases:
-        workload = build_decode(case, settings.device, seed=settings.seed)
-        entries: list[_Entry] = []
-        for contender in contenders:
-            yield from _admit(contender, workload, settings, entries)
-        # A sample on the host is one call; on a GPU it is a tour over the data sets.
-        calls = 1 if settings.device.type == "cpu" else len(workload.kvs)
-        open_entries = list(entries)
-        while open_entries:
-            for entry in open_entries:
-                entry.samples.append(entry.clock.sample())
-            open_entries = [e for e in open_entries if not e.is_done(settings, calls)]
-        for entry in entries:
-            row = _row(entry, workload, settings)
-            yield Event(case, entry.contender, entry.graph, "timed", row=row)
-        # Graphs and workspaces of this case would crowd out the data of the next.
-        del entries, open_entries, workload
+        yield from _run_case(case, contenders, settings)
+        # Caches of one case would crowd out those of the next.
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _run_case(
+    case: BenchCase, contenders: Sequence[Contender], settings: Settings
+) -> Iterator[Event]:
+    workload = build_decode(case, settings.device, seed=settings.seed)
+    entries: list[_Entry] = []
+    for contender in contenders:
+        yield from _admit(contender, workload, settings, entries)
+    # A sample on the host is one call; on a GPU it is at least a tour over the data sets.
+    calls = 1 if settings.device.type == "cpu" else len(workload.kvs)
+    open_entries = list(entries)
+    while open_entries:
+        for entry in open_entries:
+            entry.samples.append(entry.clock.sample())
+        open_entries = [e for e in open_entries if not e.is_done(settings, calls)]
+    for entry in entries:
+        row = _row(entry, workload, settings)
+        yield Event(case, entry.contender, entry.graph, "timed", row=row)
 
 
 def _admit(

@@ -24,7 +24,7 @@ from mla_core.testing.assertions import relative_l2
 _COLD_FACTOR = 3
 #: Assumed last-level cache of a CPU, which torch cannot tell.
 _HOST_CACHE_BYTES = 64 * 2**20
-_MAX_SETS = {"cpu": 8, "cuda": 64}
+_MAX_SETS = {"cpu": 8, "cuda": 192}
 #: Tokens written to the cache at once, to bound the memory of unpacked rows.
 _WRITE_CHUNK = 2**16
 _KV_SCALE, _Q_SCALE = 0.02, 0.03
