@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -330,37 +329,43 @@ def test_host_clock_walks_over_the_data_sets():
     assert seen == [0, 1, 2, 0, 1, 2, 0]
 
 
+class StandIn:
+    """A stream, an event or a graph whose GPU is a counter of microseconds."""
+
+    now_us = 0.0
+    replay_us = 0.0
+    recorded_us = 0.0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.is_event = enable_timing
+
+    def record(self) -> None:
+        self.recorded_us = StandIn.now_us
+
+    def elapsed_time(self, other: StandIn) -> float:
+        assert self.is_event
+        return (other.recorded_us - self.recorded_us) / 1e3
+
+    def replay(self) -> None:
+        StandIn.now_us += StandIn.replay_us
+
+    def synchronize(self, *arguments: object) -> None:
+        pass
+
+    wait_stream = __exit__ = synchronize
+
+    def __enter__(self) -> StandIn:
+        return self
+
+
 @pytest.fixture
 def stand_in_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace what the GPU clocks use of torch.cuda: events tell host time, graphs do nothing."""
-
-    class StandIn:
-        time = 0.0
-
-        def __init__(self, enable_timing: bool = False) -> None:
-            assert enable_timing or type(self) is StandIn
-
-        def record(self) -> None:
-            self.time = time.perf_counter()
-
-        def elapsed_time(self, other: StandIn) -> float:
-            return (other.time - self.time) * 1e3
-
-        def nothing(self, *arguments: object) -> None:
-            if hasattr(self, "sleep"):
-                time.sleep(self.sleep)
-
-        synchronize = wait_stream = replay = __exit__ = nothing
-
-        def __enter__(self) -> StandIn:
-            return self
-
-    graph = StandIn()
-    graph.sleep = 1e-4
+    """Replace what the GPU clocks use of torch.cuda."""
+    monkeypatch.setattr(StandIn, "now_us", 0.0)
     for name, value in {
         "Event": StandIn,
         "Stream": StandIn,
-        "CUDAGraph": lambda: graph,
+        "CUDAGraph": StandIn,
         "current_stream": StandIn,
         "stream": lambda stream: stream,
         "graph": lambda graph: graph,
@@ -370,26 +375,39 @@ def stand_in_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, value)
 
 
-def test_gpu_clocks_count_calls_and_divide_by_them(stand_in_gpu: None):
+@pytest.mark.parametrize(("call_us", "tours"), [(5.0, 33), (1000.0, 1)])
+def test_event_clock_divides_by_tours_and_data_sets(stand_in_gpu: None, call_us: float, tours: int):
     seen = []
 
     def call(i: int) -> torch.Tensor:
         seen.append(i)
-        time.sleep(1e-4)
+        StandIn.now_us += call_us
         return torch.tensor(i)
 
     clock = EventClock(call, 3)
     assert seen == [0, 1, 2], "one tour to find out how long it takes"
     seen.clear()
-    # No call takes less than it sleeps; a sum over the tour would be three times as much.
-    assert 100 <= min(clock.sample() for _ in range(5)) < 300
-    assert seen == [0, 1, 2] * (len(seen) // 3)
+    assert clock.sample() == pytest.approx(call_us)
+    assert seen == [0, 1, 2] * tours
 
-    graph = GraphClock(call, 3)
-    assert [int(out) for out in graph.outputs] == [0, 1, 2]
+
+def test_graph_clock_times_replays_only(stand_in_gpu: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(StandIn, "replay_us", 30.0)
+    seen = []
+
+    def call(i: int) -> torch.Tensor:
+        seen.append(i)
+        StandIn.now_us += 7.0
+        return torch.tensor(i)
+
+    clock = GraphClock(call, 3)
+    assert seen == [0, 0, 0, 1, 2], "sync check, warm-up, then one captured tour"
+    assert [int(out) for out in clock.outputs] == [0, 1, 2]
     seen.clear()
-    assert 100 / 3 <= min(graph.sample() for _ in range(5)) < 100
-    assert seen == [], "replays only"
+    before = StandIn.now_us
+    assert clock.sample() == pytest.approx(10.0)
+    assert StandIn.now_us - before >= 490, "short tours are repeated"
+    assert seen == []
 
 
 def test_ceilings_are_measured_and_bind():
