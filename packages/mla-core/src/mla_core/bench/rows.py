@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import platform
 import subprocess
@@ -98,8 +99,9 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str:
-    """Return the checked-out commit, with ``-dirty`` for local changes, or ``unknown``."""
+    """Return the commit at the start of the run, ``-dirty`` with local changes, or ``unknown``."""
     root = Path(__file__).parent
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
