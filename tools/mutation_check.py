@@ -59,14 +59,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(ATTENTION, "* sm_scale, softcap)", "* -sm_scale, softcap)", "test_reference_attention"),
     Mutant(
         ATTENTION,
-        "lse = torch.logsumexp(scores, dim=-1)",
-        "lse = torch.logsumexp(scores, dim=-1) / 0.6931471805599453",
+        "return probs, torch.log(total) + shift",
+        "return probs, torch.log2(total) + shift",
         "test_reference_attention",
     ),
     Mutant(
         ATTENTION,
-        "lse = torch.logaddexp(lse, sink.to(scores).expand_as(lse))",
-        "lse = torch.logaddexp(lse, -sink.to(scores).expand_as(lse))",
+        "torch.exp(sink.to(scores) - shift)",
+        "torch.exp(-sink.to(scores) - shift)",
         "test_reference_attention",
     ),
     # The reference backend.
@@ -124,6 +124,32 @@ MUTANTS: tuple[Mutant, ...] = (
         "(num_pages - 1).clamp(min=0) * self.page_size",
         "num_pages * self.page_size",
         "test_batch",
+    ),
+    # Planners.
+    Mutant(
+        V1_2,
+        "left = first, 0, limit - cost[first]",
+        "left = first, 0, limit - cost[first] + 1",
+        "test_metadata_v1_2",
+    ),
+    Mutant(
+        V1_2,
+        "pages[tile] - page < q_len[tile]",
+        "pages[tile] - page <= q_len[tile]",
+        "test_metadata_v1_2",
+    ),
+    Mutant(
+        "mla_core/metadata/tiles.py",
+        "later = batch.q_len[request] - 1 - nth",
+        "later = batch.q_len[request] - nth",
+        "test_metadata_v1_2",
+    ),
+    Mutant("mla_core/metadata/splits.py", "SPLIT_COST = 84.1", "SPLIT_COST = 48.1", "test_metadata_splits"),
+    Mutant(
+        "mla_core/kernels/plan.py",
+        "if left > overhead:",
+        "if left >= overhead:",
+        "test_metadata_device",
     ),
     # Reduce.
     Mutant(REDUCE, "weight = exp(lse - m_safe)", "weight = exp(m_safe - lse)", "test_reduce"),
