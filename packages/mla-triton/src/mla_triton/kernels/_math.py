@@ -93,10 +93,11 @@ def token_rows(
         # The block lies in one page: one scalar load, and rows one after another.
         page = tl.load(entry_ptr + start // PAGE_SIZE)
         offset = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
+        is_live = token < tl.where((page >= 0) & (page < num_cache_pages), end, 0)
     else:
         page = tl.load(entry_ptr + token // PAGE_SIZE, mask=token < end, other=-1)
         offset = token % PAGE_SIZE
-    is_live = (token < end) & (page >= 0) & (page < num_cache_pages)
+        is_live = (token < end) & (page >= 0) & (page < num_cache_pages)
     return token, page.to(tl.int64), offset, is_live
 
 
