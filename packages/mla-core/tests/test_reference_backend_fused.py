@@ -27,7 +27,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     "case",
     [
         DecodeCase("shares", (37, 0, 1, 2, 6, 130)),
-        DecodeCase("several_parts", (2500, 3100), page_size=64, q_dtype="fp32", layout="fp32"),
+        DecodeCase("several_parts", (2500, 4500), page_size=64, q_dtype="fp32", layout="fp32"),
         DecodeCase("tail", (37, 9, 70, 3), (4, 4, 4, 5), page_size=1),
         DecodeCase("sink", (37, 0, 9), has_sink=True),
         DecodeCase("half", (40, 60), (2, 1), q_dtype="fp16", layout="fp16"),

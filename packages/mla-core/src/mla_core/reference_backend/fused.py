@@ -11,10 +11,13 @@ import torch
 
 from mla_core.batch import PagedKV
 from mla_core.plan import AttentionOptions, PlanRequest
-from mla_core.reference_backend.attend import TILE
 
 #: Most query rows attended at once: the results of all parts are kept until they are merged.
 MAX_QUERY_ROWS = 1024
+
+#: Most cached rows of one share: few enough to stay in a core's cache, and enough of them that
+#: merging costs nothing.
+SHARE_ROWS = 2048
 
 _FLOATS = frozenset({"bf16", "fp16", "fp32"})
 
@@ -73,7 +76,7 @@ def attend_fused(
         return out, queries.new_full((num_rows,), float("-inf"), dtype=torch.float32)
     query = queries.expand(shares, 1, num_rows, width)
     outs, lses = [], []
-    for part in slots.split(shares * TILE):
+    for part in slots.split(shares * SHARE_ROWS):
         rows = _plain_rows(kv, part).view(shares, 1, -1, width)
         part_out, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, rows, rows, scale=sm_scale
