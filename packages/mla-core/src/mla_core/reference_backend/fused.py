@@ -85,8 +85,8 @@ def attend_fused(
         lses.append(part_lse[:, 0])
     every_lse = torch.cat(lses)
     lse = torch.logsumexp(every_lse, dim=0)
-    weights = torch.exp(every_lse - lse)
-    return torch.einsum("pm,pmd->md", weights, torch.cat(outs).float()), lse
+    weights = torch.exp(every_lse - lse)[..., None]
+    return (torch.cat(outs) * weights).sum(0), lse
 
 
 def _plain_rows(kv: PagedKV, slots: torch.Tensor) -> torch.Tensor:
