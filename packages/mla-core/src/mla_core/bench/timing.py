@@ -101,6 +101,8 @@ class GraphClock:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self.outputs = [call(i) for i in range(num_sets)]
+        # The graph holds addresses, not tensors: what the call owns must live as long.
+        self._call = call
         self._num_sets = num_sets
         self.replay()
         self._tours = _tours_for(_elapsed_us(self.replay))
