@@ -31,6 +31,8 @@ def applies(request: PlanRequest) -> bool:
         and problem.q_dtype == problem.kv_dtype
         and problem.q_dtype in _FLOATS
         and not request.options.softcap
+        # A private operator: a release without it takes the plain path.
+        and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
     )
 
 
