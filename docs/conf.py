@@ -24,7 +24,8 @@ extensions = [
 exclude_patterns = ["_build", "_ext"]
 html_theme = "furo"
 html_title = "MLA kernels"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

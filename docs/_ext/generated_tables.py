@@ -51,7 +51,7 @@ def _row(cells: Sequence[str]) -> nodes.row:
 
 
 class LayoutTable(Directive):
-    """One row per cache layout: bytes for DeepSeek-V3 widths (V4 widths where needed)."""
+    """One row per cache layout: bytes for the widths of DeepSeek-V3, V4 or the indexer."""
 
     def run(self) -> list[nodes.Node]:
         """Build the table."""
@@ -62,9 +62,10 @@ class LayoutTable(Directive):
     def _cells(layout: layouts.Layout) -> list[str]:
         pages = "any" if layout.page_multiple == 1 else f"multiples of {layout.page_multiple}"
         per_token = "-"
-        for model in ("deepseek-v3", "deepseek-v4-pro"):
+        indexer = mla_core.MLADims(1, kv_lora_rank=128, qk_rope_head_dim=0)
+        for dims in (mla_core.MODELS["deepseek-v3"], mla_core.MODELS["deepseek-v4-pro"], indexer):
             try:
-                per_token = str(layout.bytes_per_token(mla_core.MODELS[model]))
+                per_token = str(layout.bytes_per_token(dims))
                 break
             except LayoutError:
                 continue
@@ -84,7 +85,7 @@ class SupportMatrix(Directive):
 
     def run(self) -> list[nodes.Node]:
         """Build the table."""
-        header = ["Op", "Backend", "Kernel", "Architectures", "Accepts", "Features", "Verified"]
+        header = ["Op, backend, kernel", "Where, how verified", "Accepts", "Features"]
         rows = [
             self._cells(record.name, row)
             for record in mla_core.backends()
@@ -114,16 +115,16 @@ class SupportMatrix(Directive):
         accepts = [f"{k} {describe_values(v)}" for k, v in limits.items() if v is not None]
         if row.same_dtypes:
             accepts.append("q and kv of one dtype")
+        if not row.automatic:
+            accepts.append("only when its backend is named")
+        where = "any" if row.archs is None else describe_values(row.archs)
         verified = sorted(row.verified, key=lambda item: LEVELS.index(item.level))
+        proofs = "; ".join(f"{v.arch} {v.level} {v.date} (`{v.evidence}`)" for v in verified)
         return [
-            row.op,
-            backend,
-            f"`{row.kernel}`",
-            "any" if row.archs is None else describe_values(row.archs),
+            f"{row.op}, {backend}, `{row.kernel}`",
+            f"{where}. {proofs or 'not verified'}",
             "; ".join(accepts) or "anything",
-            ", ".join(sorted(row.features)) or "-",
-            "; ".join(f"{v.arch} {v.level} {v.date} (`{v.evidence}`)" for v in verified)
-            or "not verified",
+            ", ".join(sorted(row.features)).replace("_", " ") or "-",
         ]
 
 
@@ -177,7 +178,7 @@ class BenchmarkResults(Directive):
 
     def run(self) -> list[nodes.Node]:
         """Build the table from the JSON lines."""
-        header = ["Case", "Backend", "Median us", "GB/s", "TFLOP/s", "Share", "Rel. L2 error"]
+        header = ["Case", "Backend", "Call", "Median us", "GB/s", "TFLOP/s", "Share", "Error"]
         rows = []
         for path in sorted((RESULTS / self.arguments[0]).glob("*.jsonl")):
             for line in path.read_text().splitlines():
@@ -188,6 +189,7 @@ class BenchmarkResults(Directive):
                     [
                         f"`{row['case']}`",
                         row["backend"],
+                        "graph" if row["graph"] else "eager",
                         f"{row['median_us']:.1f}",
                         f"{row['gbps']:.0f}",
                         f"{row['tflops']:.1f}",

@@ -139,6 +139,7 @@ def test_problem_hashes_by_value():
     [
         (range(1, 129), "1..128"),
         (range(0, 128, 64), "0, 64"),
+        (range(32, 1025, 32), "32..1024 by 32"),
         (frozenset({64, 16, 128}), "16, 64, 128"),
         (frozenset({"b", "a"}), "a, b"),
         (frozenset(), "none"),

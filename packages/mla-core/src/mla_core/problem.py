@@ -177,8 +177,9 @@ class Capability:
 
 
 def describe_values(values: Iterable[object]) -> str:
-    """Say in a few words which values are accepted: ``1..128``, ``16, 64`` or ``none``."""
-    if isinstance(values, range) and values.step == 1 and values:
-        return f"{values.start}..{values.stop - 1}"
+    """Say which values are accepted: ``1..128``, ``32..1024 by 32``, ``16, 64`` or ``none``."""
+    if isinstance(values, range) and len(values) > 2:
+        by = "" if values.step == 1 else f" by {values.step}"
+        return f"{values[0]}..{values[-1]}{by}"
     listed = sorted(values, key=lambda value: (str(type(value)), value))
     return ", ".join(map(str, listed)) or "none"
