@@ -46,7 +46,6 @@ def constants(job):
         "BLOCK_M": job["BLOCK_M"],
         "BLOCK_N": job["BLOCK_N"],
         "PAGE_SIZE": job["page_size"],
-        "MIN_SPLIT_BLOCKS": 2,
         "IS_CAUSAL": True,
         "HAS_LSE": True,
         "HAS_SINK": False,

@@ -15,7 +15,11 @@ from mla_triton.splits import INVARIANT_SPLITS, choose_splits
 
 #: A split shorter than this many tokens costs more to merge than it saves.
 MIN_SPLIT_TOKENS = 128
+#: The same for ragged batches, which are cut finer than equal ones.
+RAGGED_SPLIT_TOKENS = 512
 MAX_AUTOMATIC_SPLITS = 64
+#: Longest over average request from which lengths count as ragged.
+RAGGED = 1.25
 #: Stand-in for the multiprocessors of a device in the interpreter, so that it splits too.
 _INTERPRETED_MULTIPROCESSORS = 4
 
@@ -27,7 +31,7 @@ def plan_decode(request: PlanRequest) -> Schedule:
 
 def make_schedule(request: PlanRequest, config: tuning.DecodeConfig) -> Schedule:
     """Return the schedule of a request for a given configuration."""
-    num_splits, because = _num_splits(request, config)
+    num_splits, split_blocks, because = _splitting(request, config)
     dims = request.problem.dims
     workspace = {}
     if num_splits > 1:
@@ -42,7 +46,7 @@ def make_schedule(request: PlanRequest, config: tuning.DecodeConfig) -> Schedule
         kernel="flash_decode",
         num_kv_splits=num_splits,
         because=because,
-        config=config.launch,
+        config=config.launch | {"split_blocks": split_blocks},
         workspace=workspace,
     )
 
@@ -156,7 +160,6 @@ def launch_decode(
     if not batch_size or not num_rows or not out.numel():
         return
     config = schedule.config
-    min_split_blocks = max(1, MIN_SPLIT_TOKENS // config["BLOCK_N"])
     grid = (-(-num_rows // config["BLOCK_M"]), schedule.num_kv_splits, batch_size)
     unused = kv_indptr
     decode_kernel[grid](
@@ -187,7 +190,6 @@ def launch_decode(
         BLOCK_D=_power_of_two(kv_lora_rank),
         BLOCK_R=_power_of_two(q_pe.shape[-1]),
         PAGE_SIZE=page_size,
-        MIN_SPLIT_BLOCKS=min_split_blocks,
         IS_CAUSAL=options.causal,
         HAS_LSE=lse is not None,
         HAS_SINK=sink is not None,
@@ -197,11 +199,13 @@ def launch_decode(
     )
 
 
-def _num_splits(request: PlanRequest, config: tuning.DecodeConfig) -> tuple[int, str]:
+def _splitting(request: PlanRequest, config: tuning.DecodeConfig) -> tuple[int, int, str]:
+    """Return the most splits of a request, the blocks of a split, and why."""
+    shortest = max(1, MIN_SPLIT_TOKENS // config.BLOCK_N)
     if request.num_kv_splits is not None:
-        return request.num_kv_splits, "num_kv_splits was passed"
+        return request.num_kv_splits, shortest, "num_kv_splits was passed"
     if "batch_invariant" in request.problem.features:
-        return INVARIANT_SPLITS, "fixed by batch_invariant"
+        return INVARIANT_SPLITS, shortest, "fixed by batch_invariant"
     dims = request.problem.dims
     row_blocks = -(-request.max_seqlen_q * dims.num_heads // config.BLOCK_M)
     num_programs = max(1, request.batch_size * row_blocks)
@@ -211,15 +215,24 @@ def _num_splits(request: PlanRequest, config: tuning.DecodeConfig) -> tuple[int,
     partial_bytes = request.total_q * dims.num_heads * dims.value_dim * 8
     # The index buffer may be over-allocated: it bounds the mean only from above.
     mean_tokens = request.total_pages * request.problem.page_size / max(1, request.batch_size)
+    max_steps = -(-request.max_seqlen_k // config.BLOCK_N)
+    mean_steps = min(mean_tokens / config.BLOCK_N, max_steps)
     splits = choose_splits(
         num_programs=num_programs,
-        mean_steps=min(mean_tokens, request.max_seqlen_k) / config.BLOCK_N,
-        max_steps=-(-request.max_seqlen_k // config.BLOCK_N),
+        mean_steps=mean_steps,
         concurrent_programs=multiprocessors * config.programs_per_sm,
         merge_cost=partial_bytes / step_bytes,
         max_splits=min(MAX_AUTOMATIC_SPLITS, request.max_seqlen_k // MIN_SPLIT_TOKENS),
     )
-    return splits, f"{num_programs} programs on {multiprocessors} multiprocessors"
+    because = f"{num_programs} programs on {multiprocessors} multiprocessors"
+    if max_steps > RAGGED * mean_steps:
+        # Splits of one length, not of one number, or the longest request would run on alone; and
+        # half as long, so that the pieces pack.
+        least = RAGGED_SPLIT_TOKENS // config.BLOCK_N
+        split_blocks = max(least, math.ceil(mean_steps / (2 * splits)))
+        splits = min(MAX_AUTOMATIC_SPLITS, -(-max_steps // split_blocks))
+        return splits, split_blocks, f"{because}, ragged"
+    return splits, shortest, because
 
 
 def _multiprocessors(device_index: int) -> int:

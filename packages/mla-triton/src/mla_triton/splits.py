@@ -15,22 +15,20 @@ def choose_splits(
     *,
     num_programs: int,
     mean_steps: float,
-    max_steps: int,
     concurrent_programs: int,
     merge_cost: float,
     max_splits: int,
 ) -> int:
     """Return the number of splits with the least estimated time, the smaller one of equals.
 
-    The estimate, in loop steps: the longer of all waves of average programs and of the longest
-    program, and for two or more splits the merge.
+    The estimate, in loop steps: all waves of average programs, and for several splits the merge.
 
     Parameters
     ----------
     num_programs : int
         Programs of one split.
-    mean_steps, max_steps : number
-        Loop steps over the average and over the longest request's keys.
+    mean_steps : number
+        Loop steps over the average request's keys.
     concurrent_programs : int
         Programs the device runs at once.
     merge_cost : float
@@ -40,17 +38,15 @@ def choose_splits(
     Examples
     --------
     >>> full = dict(concurrent_programs=132, merge_cost=0.5, max_splits=64)
-    >>> choose_splits(num_programs=264, mean_steps=128, max_steps=128, **full)
+    >>> choose_splits(num_programs=264, mean_steps=128, **full)
     1
-    >>> choose_splits(num_programs=64, mean_steps=64, max_steps=480, **full)
-    11
+    >>> choose_splits(num_programs=1, mean_steps=128, **full)
+    16
     """
 
     def steps(splits: int) -> float:
         waves = -(-num_programs * splits // concurrent_programs)
-        all_programs = waves * (math.ceil(mean_steps / splits) + PROGRAM_OVERHEAD)
-        longest_program = -(-max_steps // splits) + PROGRAM_OVERHEAD
         merge = MERGE_OVERHEAD + merge_cost * splits if splits > 1 else 0.0
-        return max(all_programs, longest_program) + merge
+        return waves * (math.ceil(mean_steps / splits) + PROGRAM_OVERHEAD) + merge
 
     return min(range(1, max(1, max_splits) + 1), key=steps)

@@ -34,16 +34,16 @@ def split_range(
     kv_len,
     split,
     num_splits,
-    MIN_SPLIT_BLOCKS: tl.constexpr,
+    split_blocks,
     BLOCK_N: tl.constexpr,
 ):
     """Return the token range [begin, end) of one split; it depends on the request alone.
 
-    A request is cut into equal runs of whole blocks, into fewer than num_splits when a run would be
-    shorter than MIN_SPLIT_BLOCKS. The splits that are left over are empty.
+    A request is cut into equal runs of whole blocks: as many as make them about split_blocks long,
+    and at most num_splits. The splits that are left over are empty.
     """
     num_blocks = tl.cdiv(kv_len, BLOCK_N)
-    used = tl.minimum(tl.cdiv(num_blocks, MIN_SPLIT_BLOCKS), num_splits)
+    used = tl.minimum(tl.cdiv(num_blocks, split_blocks), num_splits)
     used = tl.maximum(used, 1)
     begin = tl.minimum(split, used) * num_blocks // used * BLOCK_N
     end = tl.minimum(split + 1, used) * num_blocks // used * BLOCK_N

@@ -62,6 +62,7 @@ def decode_kernel(
     kv_c_stride_t,
     k_pe_stride_p,
     k_pe_stride_t,
+    split_blocks,  # length of a split, in blocks of BLOCK_N tokens
     D: tl.constexpr,  # kv_lora_rank
     R: tl.constexpr,  # qk_rope_head_dim
     BLOCK_D: tl.constexpr,  # D and R rounded up to powers of two
@@ -69,7 +70,6 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    MIN_SPLIT_BLOCKS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_SINK: tl.constexpr,
@@ -87,7 +87,7 @@ def decode_kernel(
     q_idx, head, is_row, limit = query_rows(
         tl.program_id(0), q_len, kv_len, num_heads, BLOCK_M, IS_CAUSAL
     )
-    begin, end = split_range(kv_len, split, tl.num_programs(1), MIN_SPLIT_BLOCKS, BLOCK_N)
+    begin, end = split_range(kv_len, split, tl.num_programs(1), split_blocks, BLOCK_N)
     end = tl.minimum(end, tl.max(limit, 0))
     if HAS_WINDOW:
         lowest = tl.maximum(tl.min(tl.where(is_row, limit, kv_len), 0) - window, 0)
