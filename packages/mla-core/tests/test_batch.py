@@ -156,6 +156,8 @@ def test_bad_block_table_is_refused(table: torch.Tensor, lens: torch.Tensor, mes
 
 
 def test_bad_cu_seqlens_is_refused():
+    with pytest.raises(LayoutError, match="cu_seqlens_k must have at least one entry"):
+        PagedKV.from_cu_seqlens(make_cache(), i32())
     with pytest.raises(LayoutError, match="cu_seqlens_k must start at 0, got 2"):
         PagedKV.from_cu_seqlens(make_cache(), i32(2, 3))
     with pytest.raises(LayoutError, match="kv_page_indices must have at least"):

@@ -82,6 +82,9 @@ def test_plan_choice_is_logged(caplog):
         ({"max_seqlen_q": -1}, r"max_seqlen_q must be >= 0, got -1"),
         ({"dims": MLADims(4, kv_lora_rank=256)}, r"dims.kv_lora_rank must be 512 like the cache"),
         ({"dims": MLADims(4, qk_rope_head_dim=32)}, r"dims.qk_rope_head_dim must be 64"),
+        ({"total_q": 1}, r"qo_indptr must end at no more than the 1 rows of q, got 2"),
+        ({"max_seqlen_q": 0}, r"max_seqlen_q must be at least the most query tokens .*, 1, got 0"),
+        ({"max_seqlen_k": -1}, r"max_seqlen_k must be >= 0, got -1"),
         ({"q_dtype": torch.int16}, r"dtype: must be one of .*, got torch.int16"),
     ],
 )

@@ -251,6 +251,32 @@ def check_qo_indptr(
         _check_indptr(op, "qo_indptr", qo_indptr)
 
 
+def check_query_lens(op: str, qo_indptr: torch.Tensor, total_q: int, max_seqlen_q: int) -> None:
+    """Check what kernels rely on, where reading it needs no device sync.
+
+    Raises
+    ------
+    LayoutError
+        A request has more than ``max_seqlen_q`` query tokens, or all have more than q has rows.
+    """
+    if max_seqlen_q < 0:
+        raise LayoutError(f"{op}: max_seqlen_q must be >= 0, got {max_seqlen_q}")
+    on_host = qo_indptr.device.type == "cpu" or env.flag("MLA_CHECK")
+    if not on_host or qo_indptr.ndim != 1 or qo_indptr.numel() < 1:
+        return
+    if int(qo_indptr[-1]) > total_q:
+        raise LayoutError(
+            f"{op}: qo_indptr must end at no more than the {total_q} rows of q, "
+            f"got {int(qo_indptr[-1])}"
+        )
+    longest = int(qo_indptr.diff().max()) if qo_indptr.numel() > 1 else 0
+    if longest > max_seqlen_q:
+        raise LayoutError(
+            f"{op}: max_seqlen_q must be at least the most query tokens of a request, {longest}, "
+            f"got {max_seqlen_q}"
+        )
+
+
 def _index_array(
     op: str, name: str, tensor: torch.Tensor, device: torch.device, ndim: int = 1
 ) -> None:
@@ -268,6 +294,8 @@ def _index_array(
 
 
 def _check_indptr(op: str, name: str, indptr: torch.Tensor) -> None:
+    if not indptr.numel():
+        raise LayoutError(f"{op}: {name} must have at least one entry, got shape (0,)")
     if int(indptr[0]) != 0:
         raise LayoutError(f"{op}: {name} must start at 0, got {int(indptr[0])}")
     if bool((indptr.diff() < 0).any()):

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from mla_core.arch import arch_of
 from mla_core.backend import Backend
-from mla_core.batch import PagedKV, check_qo_indptr
+from mla_core.batch import PagedKV, check_qo_indptr, check_query_lens
 from mla_core.dims import MLADims
 from mla_core.dtypes import FP8_DTYPES, dtype_name
 from mla_core.errors import LayoutError
@@ -236,9 +236,10 @@ def plan_decode(
         max_seqlen_q = int(qo_indptr.diff().max()) if kv.batch_size else 0
     if max_seqlen_k is None:
         max_seqlen_k = int(kv.seq_lens.max()) if kv.batch_size else 0
-    for name, value in (("total_q", total_q), ("max_seqlen_q", max_seqlen_q)):
+    for name, value in (("total_q", total_q), ("max_seqlen_k", max_seqlen_k)):
         if value < 0:
             raise LayoutError(f"plan_decode: {name} must be >= 0, got {value}")
+    check_query_lens("plan_decode", qo_indptr, total_q, max_seqlen_q)
     layout = kv.cache.layout
     wanted = {"lse", *options.features}
     wanted |= {"sink"} if has_sink else set()
@@ -309,7 +310,7 @@ def _device_index(device: torch.device) -> int:
 
 
 def _check_dims(dims: MLADims, kv: PagedKV) -> None:
-    cached = replace(kv.cache.dims, num_heads=dims.num_heads)
+    cached = kv.cache.dims
     for name in ("kv_lora_rank", "qk_rope_head_dim", "value_includes_rope"):
         if getattr(dims, name) != getattr(cached, name):
             raise LayoutError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mla_core import env
 from mla_core.arch import arch_of
 from mla_core.checks import check_tensor
 from mla_core.dims import MLADims
@@ -106,6 +107,8 @@ def _check(
 
 
 def _check_values(op: str, name: str, cu_seqlens: torch.Tensor, total: int) -> None:
+    if not cu_seqlens.numel():
+        raise LayoutError(f"{op}: {name} must be [batch_size + 1], got shape (0,)")
     ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
     if ends != (0, total) or bool((cu_seqlens.diff() < 0).any()):
         raise LayoutError(
@@ -146,7 +149,7 @@ def _run(
     softcap: float,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" or env.flag("MLA_CHECK"):
         _check_values("prefill", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
         _check_values("prefill", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
     options = AttentionOptions(causal, window or None, softcap)

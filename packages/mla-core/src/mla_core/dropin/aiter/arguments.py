@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from mla_core import env
 from mla_core.arch import arch_of
 from mla_core.batch import PagedKV
 from mla_core.cache import LatentCache
@@ -122,29 +121,3 @@ def paged_batch(
         used = has_pages.int() if cache.page_size == 1 else kv_last_page_lens
         kv_last_page_lens = torch.where(has_pages, used, 0)
     return PagedKV.from_csr(cache, kv_indptr, kv_indices, kv_last_page_lens)
-
-
-def check_query_lens(op: str, qo_indptr: torch.Tensor, total_q: int, max_seqlen_q: int) -> None:
-    """Check what kernels rely on, where reading it needs no device sync.
-
-    Raises
-    ------
-    LayoutError
-        A request has more than ``max_seqlen_q`` query tokens, or all have more than q has rows.
-    """
-    if max_seqlen_q < 0:
-        raise LayoutError(f"{op}: max_seqlen_q must be >= 0, got {max_seqlen_q}")
-    on_host = qo_indptr.device.type == "cpu" or env.flag("MLA_CHECK")
-    if not on_host or qo_indptr.ndim != 1 or qo_indptr.numel() < 1:
-        return
-    if int(qo_indptr[-1]) > total_q:
-        raise LayoutError(
-            f"{op}: qo_indptr must end at no more than the {total_q} rows of q, "
-            f"got {int(qo_indptr[-1])}"
-        )
-    longest = int(qo_indptr.diff().max()) if qo_indptr.numel() > 1 else 0
-    if longest > max_seqlen_q:
-        raise LayoutError(
-            f"{op}: max_seqlen_q must be at least the most query tokens of a request, {longest}, "
-            f"got {max_seqlen_q}"
-        )

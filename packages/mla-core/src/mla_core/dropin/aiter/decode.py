@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from mla_core.batch import PagedKV
+from mla_core.batch import PagedKV, check_query_lens
 from mla_core.cache import LatentCache
 from mla_core.checks import check_tensor
 from mla_core.dims import MLADims
 from mla_core.dropin.aiter.arguments import (
     bind_cache,
-    check_query_lens,
     dims_of,
     paged_batch,
     query_scale,

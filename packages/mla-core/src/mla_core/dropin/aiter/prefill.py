@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from mla_core.batch import check_query_lens
 from mla_core.checks import check_tensor
 from mla_core.dropin.aiter.arguments import (
     as_scale,
     bind_cache,
-    check_query_lens,
     dims_of,
     paged_batch,
 )
