@@ -81,6 +81,10 @@ def test_a_batch_that_is_not_the_planned_one_is_refused():
     wrong_dtype = PagedKV(other, kv.kv_indptr, kv.kv_page_indices, kv.kv_last_page_len)
     with pytest.raises(LayoutError, match="kv must have kv_dtype=fp32 like the plan, got bf16"):
         mla_core.decode(**{**arguments, "kv": wrong_dtype})
+    narrow = LatentCache.allocate("fp32", MLADims(4, kv_lora_rank=32, qk_rope_head_dim=32), 4, 16)
+    wrong_width = PagedKV(narrow, kv.kv_indptr, kv.kv_page_indices, kv.kv_last_page_len)
+    with pytest.raises(LayoutError, match="kv must have kv_lora_rank=64 like the plan, got 32"):
+        mla_core.decode(**{**arguments, "kv": wrong_width})
     fewer = PagedKV(kv.cache, kv.kv_indptr[:3], kv.kv_page_indices, kv.kv_last_page_len[:2])
     with pytest.raises(LayoutError, match="kv must have batch_size=3 like the plan, got 2"):
         mla_core.decode(**{**arguments, "kv": fewer})
@@ -155,6 +159,18 @@ def test_decode_step_compiles_in_one_graph(backend):
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
     assert torch.equal(arguments["kv"].cache.buffers[0], before)
+
+
+def test_check_finds_a_nan_in_a_compiled_step(monkeypatch):
+    arguments = make()
+    arguments["kv"].cache.write(
+        torch.full((1, 64), torch.nan), torch.zeros(1, 32), torch.tensor([50])
+    )
+    run = torch.compile(mla_core.decode, backend="eager", fullgraph=True)
+    run(**arguments)
+    monkeypatch.setenv("MLA_CHECK", "1")
+    with pytest.raises(LayoutError, match="must not hold NaN, got one in slot 50"):
+        run(**arguments)
 
 
 def test_new_plans_do_not_recompile_for_ever():

@@ -114,9 +114,7 @@ def decode(
             lse,
         )
     else:
-        if env.flag("MLA_CHECK"):
-            kv.check_values()
-            check_live_rows("decode", kv.cache, kv.token_slots().flatten())
+        _check_content(kv)
         plan.run(
             ql_nope,
             q_pe,
@@ -142,7 +140,7 @@ def _check(
     global_kv_lens: torch.Tensor | None,
 ) -> None:
     request, problem = plan.request, plan.request.problem
-    device = kv.cache.device
+    cached, device = kv.cache.dims, kv.cache.device
     check_queries("decode", ql_nope, q_pe, problem.dims, torch_dtype(problem.q_dtype), device)
     if ql_nope.shape[0] != request.total_q:
         raise LayoutError(
@@ -154,6 +152,9 @@ def _check(
         ("page_size", kv.page_size, problem.page_size),
         ("layout", kv.cache.layout.family, problem.layout),
         ("kv_dtype", kv.cache.layout.kv_dtype, problem.kv_dtype),
+        ("kv_lora_rank", cached.kv_lora_rank, problem.dims.kv_lora_rank),
+        ("qk_rope_head_dim", cached.qk_rope_head_dim, problem.dims.qk_rope_head_dim),
+        ("value_includes_rope", cached.value_includes_rope, problem.dims.value_includes_rope),
     ):
         if got != planned:
             raise LayoutError(
@@ -178,6 +179,13 @@ def _check(
         check_tensor(
             "decode", "global_kv_lens", global_kv_lens, shape=shape, dtypes=int32, device=device
         )
+
+
+def _check_content(kv: PagedKV) -> None:
+    """Under ``MLA_CHECK=1`` check the index arrays and look for NaN in live rows (reads both)."""
+    if env.flag("MLA_CHECK"):
+        kv.check_values()
+        check_live_rows("decode", kv.cache, kv.token_slots().flatten())
 
 
 def _run_flat(
@@ -232,6 +240,7 @@ def _run_flat(
         num_kv_splits=num_kv_splits,
         device_index=out.device.index if out.device.type == "cuda" else -1,
     )
+    _check_content(kv)
     plan = build_plan(request, registry.record(backend).require(), qo_indptr)
     plan.run(
         ql_nope,
