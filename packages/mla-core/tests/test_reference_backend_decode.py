@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from mla_core.ops import decode
+from mla_core.plan import AttentionOptions, plan_decode
 from mla_core.testing import conformance
 from mla_core.testing.cases import DecodeCase
 
@@ -15,3 +18,18 @@ def test_conformance(case: DecodeCase):
 
 def test_it_claims_every_case():
     assert set(conformance.DECODE_CASES) == set(conformance.decode_cases("reference", "cpu"))
+
+
+def test_rows_before_every_window_may_hold_nan():
+    case = DecodeCase("window", (100, 5), (3, 2), options=AttentionOptions(window=24))
+    inputs = case.build()
+    plan = plan_decode(
+        case.dims, inputs.qo_indptr, inputs.kv, options=case.options, backend="reference"
+    )
+    arguments = (inputs.ql_nope, inputs.q_pe, inputs.kv, plan)
+    want = decode(*arguments, sm_scale=inputs.sm_scale)
+    hidden = inputs.kv.token_slots()[0, : 100 - 2 - 24]
+    inputs.kv.cache.write(
+        torch.full((len(hidden), 512), torch.nan), torch.full((len(hidden), 64), torch.nan), hidden
+    )
+    assert torch.equal(decode(*arguments, sm_scale=inputs.sm_scale), want)

@@ -116,5 +116,7 @@ def _tiles(
                 visible = visible & (keys <= query_position[:, None])
             if options.window is not None:
                 visible = visible & (keys > query_position[:, None] - options.window)
+            # A row that no query sees may hold NaN, which a weight of 0 would let through.
+            tile_slots = torch.where(visible.any(dim=0), tile_slots, -1)
             visible = visible.repeat_interleave(num_heads, dim=0)
         yield read_rows(kv.cache, tile_slots), visible
