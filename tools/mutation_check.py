@@ -144,7 +144,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "later = batch.q_len[request] - nth",
         "test_metadata_v1_2",
     ),
-    Mutant("mla_core/metadata/splits.py", "SPLIT_COST = 84.1", "SPLIT_COST = 48.1", "test_metadata_splits"),
+    Mutant(
+        "mla_core/metadata/splits.py",
+        "SPLIT_COST = 84.1",
+        "SPLIT_COST = 48.1",
+        "test_metadata_splits",
+    ),
     Mutant(
         "mla_core/kernels/plan.py",
         "if left > overhead:",

@@ -33,7 +33,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
     panels = _panels(rows)
     columns = min(3, len(panels))
     lines = -(-len(panels) // max(columns, 1))
-    figure = Figure(figsize=(5.5 * max(columns, 1), 4.2 * max(lines, 1)), layout="constrained")
+    figure = Figure(figsize=(7.0 * max(columns, 1), 4.2 * max(lines, 1)), layout="constrained")
     colours: dict[str, str] = {}
     for number, (title, curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(lines, columns, number)
@@ -54,7 +54,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("cached tokens per request")
         axes.set_ylabel("median time of a call, us (dotted: ceiling)")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
