@@ -80,6 +80,19 @@ class LayoutTable(Directive):
         ]
 
 
+class HeadLayoutTable(Directive):
+    """One row per layout of per-head keys and values."""
+
+    def run(self) -> list[nodes.Node]:
+        """Build the table."""
+        header = ["Layout", "Dtype", "Scales", "What"]
+        rows = [
+            [f"`{layout.name}`", f"`{layout.codec.dtype}`", layout.codec.scale_kind, layout.summary]
+            for layout in layouts.HEADS.values()
+        ]
+        return [table(header, rows)]
+
+
 class SupportMatrix(Directive):
     """One row per capability of every installed backend, with how it was verified."""
 
@@ -205,6 +218,7 @@ class BenchmarkResults(Directive):
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the directives."""
     app.add_directive("layout-table", LayoutTable)
+    app.add_directive("head-layout-table", HeadLayoutTable)
     app.add_directive("support-matrix", SupportMatrix)
     app.add_directive("env-vars", EnvVars)
     app.add_directive("models", Models)

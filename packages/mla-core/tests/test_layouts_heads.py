@@ -25,6 +25,13 @@ ADDRESSES = [
     ("gqa_shuffled_fp8", 32, 128, 1, 21, 77, 128 * 16 + 77 * 16 + 5),
     ("gqa_shuffled_fp8", 32, 128, 0, 21, 77, 4 * 32 * 16 + 21 * 16 + 13),
 ]
+# fp16 is arranged like bf16, and the fnuz encoding like the other.
+ADDRESSES += [(row[0].replace("bf16", "fp16"), *row[1:]) for row in ADDRESSES if "bf16" in row[0]]
+ADDRESSES += [(row[0] + "_fnuz", *row[1:]) for row in ADDRESSES if "fp8" in row[0]]
+
+
+def test_every_layout_has_addresses() -> None:
+    assert {row[0] for row in ADDRESSES} == set(layouts.HEADS)
 
 
 @pytest.mark.parametrize(

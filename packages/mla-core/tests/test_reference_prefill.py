@@ -217,6 +217,40 @@ def test_absorbed_equals_expanded(lens, rope_dim, window, seed):
     torch.testing.assert_close(absorbed_lse, expanded_lse, **CLOSE)
 
 
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_gradients_of_the_absorbed_form_are_those_of_the_expanded(rng, options):
+    """Autograd through absorb, attend and project, against the explicit backward."""
+    heads, nope, rope_dim, rank, v_dim = 3, 5, 2, 7, 4
+    cu_q, cu_k = indptr((2, 3)), indptr((4, 3))
+    leaves = [
+        draw(rng, 5, heads, nope),
+        draw(rng, 5, heads, rope_dim),
+        draw(rng, 7, rank),
+        draw(rng, 7, rope_dim),
+        draw(rng, heads * (nope + v_dim), rank),
+    ]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    q_nope, q_pe, kv_c, k_pe, kv_b_proj = leaves
+    w_uk, w_uv = split_kv_b_proj(kv_b_proj, heads, nope, v_dim)
+    dout = draw(rng, 5, heads, v_dim)
+    options = {"sm_scale": 0.4, **options}
+
+    latents, _ = attention.decode(
+        absorb_query(q_nope, w_uk), q_pe, kv_c.split((4, 3)), k_pe.split((4, 3)), cu_q, **options
+    )
+    absorbed = torch.autograd.grad(project_output(latents, w_uv), leaves, dout, retain_graph=True)
+
+    q = torch.cat([q_nope, q_pe], dim=-1)
+    k, v = expand_latent(kv_c, k_pe, w_uk, w_uv)
+    with torch.no_grad():
+        out, lse = prefill(q, k, v, cu_q, cu_k, **options)
+        upstream = prefill_backward(dout, q, k, v, out, lse, cu_q, cu_k, **options)
+    expanded = torch.autograd.grad((q, k, v), leaves, upstream)
+    for got, want in zip(absorbed, expanded, strict=True):
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
 def test_kv_b_proj_rows_go_head_by_head_keys_first(rng):
     heads, nope, v_dim, rank = 2, 3, 2, 4
     weight, latent = draw(rng, heads * (nope + v_dim), rank), draw(rng, rank)

@@ -108,6 +108,7 @@ MODELS: dict[str, MLADims] = {
     "deepseek-v3.2": MLADims(128),
     "deepseek-v4-flash": _V4,
     "deepseek-v4-pro": _V4.with_heads(128),
+    "deepseek-v4.1-flash": _V4,
     "kimi-k2": MLADims(64),
     "kimi-linear-48b": MLADims(32),
     "kimi-k3": MLADims(96),

@@ -1,7 +1,8 @@
 """Every environment variable the library reads, in one table.
 
-The documentation page, ``mla doctor`` and the readers below use the same rows, so a variable that
-is not here does not exist.
+The documentation page, ``mla doctor`` and the readers below use the same rows, so an ``MLA_``
+variable that is not here does not exist. Of Triton's own variables ``TRITON_INTERPRET`` matters: it
+lets kernels run on a CPU.
 """
 
 from __future__ import annotations
