@@ -74,8 +74,8 @@ def coverage(session: nox.Session) -> None:
 
 @costly
 def tests_gpu(session: nox.Session) -> None:
-    """Run the tests that need a GPU, with the torch this machine has."""
-    dev(session, "python", "-m", "pytest", "-m", "gpu", *session.posargs)
+    """Run the tests of kernels on this machine's GPU, with the torch it has."""
+    dev(session, "python", "-m", "pytest", "-m", "gpu or kernel", *session.posargs)
 
 
 @nox.session(python=False, requires=["wheels"], default=False)

@@ -19,6 +19,8 @@ from mla_core.testing.poison import poison_
 from mla_triton import tuning
 from mla_triton.decode import launch_decode, with_config
 
+pytestmark = pytest.mark.kernel
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 

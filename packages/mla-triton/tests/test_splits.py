@@ -17,6 +17,8 @@ from mla_triton.kernels._math import split_range
 from mla_triton.splits import choose_splits
 from mla_triton.tuning import DecodeConfig
 
+pytestmark = pytest.mark.kernel
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
