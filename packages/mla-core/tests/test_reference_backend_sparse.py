@@ -127,3 +127,18 @@ def test_check_finds_a_nan_in_a_selected_row(monkeypatch):
     cache.write(torch.full((1, 64), torch.nan), torch.zeros(1, 32), torch.tensor([slot]))
     with pytest.raises(LayoutError, match=f"got one in slot {slot}"):
         mla_core.sparse_decode(ql_nope, q_pe, cache, indices, sm_scale=1.0)
+
+
+def test_check_leaves_entries_past_the_topk_length_alone(monkeypatch):
+    monkeypatch.setenv("MLA_CHECK", "1")
+    cache, indices, ql_nope, q_pe = make()
+    lengths = torch.full((indices.shape[0],), 2, dtype=torch.int32)
+    tail, head = indices[:, 2:].contiguous(), indices[:, :2].contiguous()
+    spared = tail[~torch.isin(tail, head)].unique().long()
+    spared = spared[spared >= 0]
+    assert spared.numel()
+    want = mla_core.sparse_decode(ql_nope, q_pe, cache, indices, sm_scale=1.0, topk_length=lengths)
+    nan = torch.full((spared.numel(), 96), torch.nan)
+    cache.write(nan[:, :64], nan[:, 64:], spared)
+    got = mla_core.sparse_decode(ql_nope, q_pe, cache, indices, sm_scale=1.0, topk_length=lengths)
+    assert torch.equal(got, want)

@@ -45,6 +45,25 @@ def check_tensor(
         )
 
 
+def visible_slots(
+    indices: torch.Tensor, num_slots: int, topk_length: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the slots that sparse attention reads, as int64 with -1 for masked entries.
+
+    Parameters
+    ----------
+    indices : [total_q, topk], int32
+        Entries below 0 or not below ``num_slots`` are masked.
+    topk_length : [total_q], int32, or None
+        Entries from ``topk_length[t]`` on are masked in row ``t``.
+    """
+    is_valid = (indices >= 0) & (indices < num_slots)
+    if topk_length is not None:
+        column = torch.arange(indices.shape[1], device=indices.device)
+        is_valid &= column < topk_length[:, None]
+    return torch.where(is_valid, indices.long(), -1)
+
+
 def check_live_rows(op: str, cache: LatentCache, slots: torch.Tensor) -> None:
     """Raise when a live cache row holds a NaN (``MLA_CHECK=1`` only: reads every row).
 

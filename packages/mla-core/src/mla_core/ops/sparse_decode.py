@@ -7,7 +7,7 @@ import torch
 from mla_core import env
 from mla_core.arch import arch_of
 from mla_core.cache import LatentCache
-from mla_core.checks import check_live_rows, check_tensor
+from mla_core.checks import check_live_rows, check_tensor, visible_slots
 from mla_core.dtypes import dtype_name
 from mla_core.errors import LayoutError
 from mla_core.ops import library
@@ -138,8 +138,8 @@ def _run(
     )
     run = select(problem, backend).backend.load("sparse_decode")
     if env.flag("MLA_CHECK"):
-        is_valid = (indices >= 0) & (indices < cache.num_slots)
-        check_live_rows("sparse_decode", cache, indices[is_valid].long())
+        slots = visible_slots(indices, cache.num_slots, topk_length)
+        check_live_rows("sparse_decode", cache, slots.flatten())
     run(
         ql_nope,
         q_pe,

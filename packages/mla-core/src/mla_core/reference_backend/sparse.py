@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mla_core.cache import LatentCache
+from mla_core.checks import visible_slots
 from mla_core.reference_backend.attend import TILE, attend
 from mla_core.reference_backend.rows import query_rows, read_rows
 
@@ -25,11 +26,7 @@ def sparse_decode(
 ) -> None:
     """Write ``out`` and ``lse`` for every query token; see `mla_core.sparse_decode`."""
     queries = query_rows(ql_nope, q_pe, sm_scale, q_scale)
-    slots = indices.long()
-    is_valid = (slots >= 0) & (slots < cache.num_slots)
-    if topk_length is not None:
-        is_valid &= torch.arange(slots.shape[1], device=slots.device) < topk_length[:, None]
-    slots = torch.where(is_valid, slots, -1)
+    slots = visible_slots(indices, cache.num_slots, topk_length)
     sink_rows = None if sink is None else sink.float()
     for t in range(queries.shape[0]):
         # Without indices `split` still gives one tile, an empty one.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_core.cache import LatentCache
-from mla_core.checks import check_tensor
+from mla_core.checks import check_tensor, visible_slots
 from mla_core.dropin.flash_mla.arguments import bind_cache, with_sink
 from mla_core.ops import sparse_decode
 from mla_core.ops.arguments import OUT_DTYPES
@@ -111,21 +111,16 @@ def attend_sparse(
 
 def _max_logits(q: torch.Tensor, source: Source, sm_scale: float) -> torch.Tensor:
     """Return the largest scaled score of each query token and head, [total_q, H] fp32."""
-    slots = source.slots.long()
-    is_valid = (slots >= 0) & (slots < source.cache.num_slots)
-    if source.topk_length is not None:
-        column = torch.arange(slots.shape[1], device=slots.device)
-        is_valid &= column < source.topk_length[:, None]
+    slots = visible_slots(source.slots, source.cache.num_slots, source.topk_length)
     result = q.new_full(q.shape[:2], float("-inf"), dtype=torch.float32)
     if not slots.numel():
         return result
-    slots = torch.where(is_valid, slots, -1)
     step = max(1, GATHERED_ELEMENTS // (slots.shape[1] * q.shape[2]))
     for first in range(0, q.shape[0], step):
         block = slice(first, first + step)
         kv_c, k_pe = source.cache.read(slots[block].flatten())
         rows = torch.cat((kv_c, k_pe), dim=1).view(*slots[block].shape, q.shape[2])
         scores = torch.einsum("thd,tkd->thk", q[block].float(), rows) * sm_scale
-        scores = scores.masked_fill(~is_valid[block, None], float("-inf"))
+        scores = scores.masked_fill((slots[block] < 0)[:, None], float("-inf"))
         result[block] = scores.amax(dim=2)
     return result
