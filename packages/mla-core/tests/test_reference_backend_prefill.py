@@ -105,6 +105,10 @@ def test_backward_equals_autograd_of_the_naive_form(options):
             r"cu_seqlens_k must be \[2\]",
         ),
         (
+            dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.empty(0, dtype=torch.int32)),
+            r"cu_seqlens_q must be \[batch_size \+ 1\], got shape \(0,\)",
+        ),
+        (
             {"cu_seqlens_k": torch.tensor([0, 3], dtype=torch.int32)},
             r"cu_seqlens_k must rise from 0",
         ),

@@ -39,7 +39,7 @@ class Row:
     share : float
         Time at the ceiling that binds over the median; 1 is the best possible.
     error : float
-        Relative L2 distance from the fp32 truth, the worst over all data sets.
+        Relative L2 distance from the fp64 truth, the worst over all data sets.
     graph : bool
         Whether calls were replayed from a captured CUDA graph.
     versions : dict of str to str

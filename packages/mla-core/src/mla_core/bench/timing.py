@@ -1,7 +1,8 @@
 """Clocks: eager calls on the host or a GPU, and replays of a captured CUDA graph.
 
-Every sample is a tour over all data sets of a workload, so that what is timed is cold in the last
-level cache whenever the sets together exceed it. A clock answers with microseconds *per call*.
+Samples go round all data sets of a workload, on a GPU each of them whole, so that what is timed is
+cold in the last level cache whenever the sets together exceed it. A clock answers with microseconds
+*per call*.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Clock(Protocol):
     """Times one contender on one workload."""
 
     def sample(self) -> float:
-        """Run every data set at least once; return microseconds per call."""
+        """Run at least one data set; return microseconds per call."""
         ...
 
 
