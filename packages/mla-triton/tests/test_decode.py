@@ -185,3 +185,14 @@ def test_plan_explains_itself(seed):
     assert "BLOCK_N=" in str(plan)
     assert plan_of(case, inputs, num_kv_splits=5).num_kv_splits == 5
     assert plan_of(case, inputs, batch_invariant=True).schedule.because.startswith("fixed by")
+
+
+@pytest.mark.parametrize("num_kv_splits", [1, 3])
+def test_rows_before_every_window_may_hold_nan(num_kv_splits):
+    case = DecodeCase("window", (100, 5), (3, 2), options=AttentionOptions(window=24))
+    inputs = case.build(DEVICE)
+    hidden = inputs.kv.token_slots()[0, : 100 - 2 - 24]
+    poison = torch.full((hidden.numel(), case.dims.latent_dim), torch.nan, device=DEVICE)
+    rank = case.dims.kv_lora_rank
+    inputs.kv.cache.write(poison[:, :rank], poison[:, rank:], hidden)
+    check(run(inputs, plan_of(case, inputs, num_kv_splits=num_kv_splits), return_lse=True), inputs)

@@ -65,7 +65,7 @@ def query_rows(
     """
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     q_idx = row // num_heads
-    head = row % num_heads
+    head = (row % num_heads).to(tl.int64)  # its stride may be that of many tokens
     is_row = q_idx < q_len
     limit = tl.zeros([BLOCK_M], tl.int32) + kv_len
     if IS_CAUSAL:

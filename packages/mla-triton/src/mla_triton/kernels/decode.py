@@ -117,6 +117,8 @@ def decode_kernel(
         token, page, offset, is_live = token_rows(
             start, end, page_begin, kv_page_indices_ptr, num_cache_pages, PAGE_SIZE, BLOCK_N
         )
+        if HAS_WINDOW:
+            is_live = is_live & (token >= lowest)
         kv_c = tl.load(
             kv_c_ptr + (page * kv_c_stride_p + offset * kv_c_stride_t)[:, None] + d[None, :],
             mask=is_live[:, None] & (d < D)[None, :],
