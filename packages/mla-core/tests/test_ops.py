@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 import mla_core
-from mla_core import AttentionOptions, LatentCache, LayoutError, MLADims, PagedKV
+from mla_core import AttentionOptions, LatentCache, LayoutError, MLADims, PagedKV, plan
 from mla_core.ops import library
 from mla_core.testing.assertions import assert_close
 
@@ -159,6 +161,20 @@ def test_decode_step_compiles_in_one_graph(backend):
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
     assert torch.equal(arguments["kv"].cache.buffers[0], before)
+
+
+@pytest.mark.parametrize("num_kv_splits", [None, 3])
+def test_a_compiled_step_asks_for_the_schedule_of_its_plan(monkeypatch, num_kv_splits):
+    arguments = make(num_kv_splits=num_kv_splits, max_seqlen_k=999)
+    asked = []
+
+    def build_plan(request, *others):
+        asked.append(request)
+        return plan.build_plan(request, *others)
+
+    monkeypatch.setattr(sys.modules["mla_core.ops.decode"], "build_plan", build_plan)
+    torch.compile(mla_core.decode, backend="eager", fullgraph=True)(**arguments)
+    assert asked == [arguments["plan"].request]
 
 
 def test_check_finds_a_nan_in_a_compiled_step(monkeypatch):

@@ -107,7 +107,12 @@ def decode(
             sm_scale,
             plan.backend,
             sorted(request.problem.features),
-            [request.max_seqlen_q, request.max_seqlen_k, plan.num_kv_splits],
+            [
+                request.max_seqlen_q,
+                request.max_seqlen_k,
+                request.total_pages,
+                request.num_kv_splits or 0,
+            ],
             [options.causal, options.window or 0, options.cp_world_size, options.cp_rank],
             options.softcap,
             out,
@@ -217,7 +222,7 @@ def _run_flat(
     kv = PagedKV(cache, kv_indptr, kv_page_indices, kv_last_page_len)
     causal, window, cp_world_size, cp_rank = mask
     options = AttentionOptions(bool(causal), window or None, softcap, cp_world_size, cp_rank)
-    max_seqlen_q, max_seqlen_k, num_kv_splits = limits
+    max_seqlen_q, max_seqlen_k, total_pages, num_kv_splits = limits
     problem = Problem(
         op="decode",
         arch=arch_of(out.device),
@@ -236,8 +241,8 @@ def _run_flat(
         total_q=ql_nope.shape[0],
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        total_pages=kv_page_indices.numel(),
-        num_kv_splits=num_kv_splits,
+        total_pages=total_pages,
+        num_kv_splits=num_kv_splits or None,
         device_index=out.device.index if out.device.type == "cuda" else -1,
     )
     _check_content(kv)
