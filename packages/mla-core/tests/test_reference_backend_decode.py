@@ -33,3 +33,34 @@ def test_rows_before_every_window_may_hold_nan():
         torch.full((len(hidden), 512), torch.nan), torch.full((len(hidden), 64), torch.nan), hidden
     )
     assert torch.equal(decode(*arguments, sm_scale=inputs.sm_scale), want)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("has_sink", [False, True])
+def test_a_nan_in_a_seen_row_reaches_the_result(softcap: float, has_sink: bool):
+    options = AttentionOptions(softcap=softcap)
+    case = DecodeCase("nan", (21, 5), (2, 1), options=options, has_sink=has_sink)
+    inputs = case.build()
+    inputs.kv.cache.write(
+        torch.full((1, 512), torch.nan), torch.zeros(1, 64), inputs.kv.token_slots()[0, 2:3]
+    )
+    plan = plan_decode(
+        case.dims,
+        inputs.qo_indptr,
+        inputs.kv,
+        options=options,
+        has_sink=has_sink,
+        backend="reference",
+    )
+    out, lse = decode(
+        inputs.ql_nope,
+        inputs.q_pe,
+        inputs.kv,
+        plan,
+        sm_scale=inputs.sm_scale,
+        sink=inputs.sink,
+        return_lse=True,
+    )
+    assert out[:2].isnan().all()
+    assert lse[:2].isnan().all()
+    assert not out[2].isnan().any()

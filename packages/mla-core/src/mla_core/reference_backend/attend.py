@@ -54,7 +54,7 @@ def attend(
         acc = queries.new_zeros((num_rows, value_dim))
     else:
         acc, running_max = start[0], start[1][:, None]
-        denom = (running_max > float("-inf")).float()
+        denom = (running_max != float("-inf")).float()
     for rows, visible in tiles:
         scores = queries @ rows.T
         if softcap:
@@ -71,10 +71,12 @@ def attend(
         acc = torch.addmm(acc * decay, weights, rows[:, :value_dim])
         running_max = new_max
     log_denom = torch.log(denom)
-    lse = torch.where(denom > 0, running_max + log_denom, float("-inf"))
-    out = torch.where(denom > 0, acc / denom, 0.0)
+    # Asked this way round, a NaN stays one instead of passing for a row that sees nothing.
+    is_nothing = denom == 0
+    lse = torch.where(is_nothing, float("-inf"), running_max + log_denom)
+    out = torch.where(is_nothing, 0.0, acc / denom)
     if sink is not None:
         total = torch.logaddexp(lse, sink[:, None])
-        out = torch.where(denom > 0, out * torch.exp(lse - total), 0.0)
+        out = torch.where(is_nothing, 0.0, out * torch.exp(lse - total))
         lse = total
     return out, lse[:, 0]
