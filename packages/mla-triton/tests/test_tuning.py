@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from mla_core.dims import MLADims
 from mla_core.errors import LayoutError, UnsupportedProblemError
-from mla_core.plan import AttentionOptions, PlanRequest
+from mla_core.plan import AttentionOptions, PlanRequest, build_plan
 from mla_core.problem import Problem
 from mla_triton import tuning
-from mla_triton.backend import GPU_ARCHS
+from mla_triton.backend import BACKEND, GPU_ARCHS
 from mla_triton.tuning import DecodeConfig
 
 ROW = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
@@ -99,3 +100,12 @@ def test_packaged_tables_are_complete(arch):
                 config = tuning.choose(request_of(arch, heads, 1, dtype, rank))
                 assert isinstance(config, DecodeConfig)
                 assert set(config.launch) == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
+
+
+def test_a_new_tuning_path_reaches_plans_made_before(tmp_path, monkeypatch):
+    request, indptr = request_of(arch="cpu"), torch.zeros(1, dtype=torch.int32)
+    assert build_plan(request, BACKEND, indptr).schedule.config["BLOCK_N"] == 64
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "decode.json").write_text(json.dumps([{"when": {}} | ROW]))
+    monkeypatch.setenv("MLA_TUNING_PATH", str(tmp_path))
+    assert build_plan(request, BACKEND, indptr).schedule.config["BLOCK_N"] == 32

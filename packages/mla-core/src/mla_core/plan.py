@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mla_core import env
 from mla_core.arch import arch_of
 from mla_core.backend import Backend
 from mla_core.batch import PagedKV, check_qo_indptr, check_query_lens
@@ -284,7 +285,7 @@ def build_plan(
     request: PlanRequest, backend: Backend, qo_indptr: torch.Tensor, choice: Choice | None = None
 ) -> DecodePlan:
     """Ask a backend for its schedule, allocate the workspaces and bind everything together."""
-    schedule, run = _schedule(request, backend)
+    schedule, run = _schedule(request, backend, env.text("MLA_TUNING_PATH"))
     workspace = {
         name: torch.empty(shape, dtype=dtype, device=qo_indptr.device)
         for name, (shape, dtype) in schedule.workspace.items()
@@ -293,7 +294,10 @@ def build_plan(
 
 
 @functools.lru_cache(maxsize=4096)
-def _schedule(request: PlanRequest, backend: Backend) -> tuple[Schedule, Callable[..., None]]:
+def _schedule(
+    request: PlanRequest, backend: Backend, tuning_path: str
+) -> tuple[Schedule, Callable[..., None]]:
+    del tuning_path  # A backend may read its tables there: part of the key.
     schedule: Schedule = backend.load("plan_decode")(request)
     return schedule, backend.load("decode")
 
