@@ -78,8 +78,15 @@ def test_rows_count_query_tokens_unless_batch_invariant(table):
         ([{"when": {}} | ROW | {"BLOCK_M": 24}], "BLOCK_M must be a power of two >= 16, got 24"),
         ([{"when": {}} | ROW | {"BLOCK_N": 8}], "BLOCK_N must be a power of two >= 16, got 8"),
         ([{"when": {}, "BLOCK_M": 16}], "row 0: .*missing"),
+        ([{"when": {}} | ROW | {"num_warps": 0}], "row 0: .*num_warps must be an integer .* got 0"),
+        ([{"when": {}} | ROW | {"num_warps": "4"}], "row 0: .*num_warps must be .* got '4'"),
+        ([{"when": {"num_rows": {"mx": 3}}} | ROW], "row 0: `when` num_rows must be .* a range"),
+        ([{"when": {"q_dtype": {"max": 3}}} | ROW], "row 0: `when` q_dtype must be .* a range"),
     ],
-    ids=["empty", "no-default", "no-when", "condition", "key", "odd", "small", "missing"],
+    ids=[
+        *("empty", "no-default", "no-when", "condition", "key", "odd", "small", "missing"),
+        *("zero", "text", "range", "words"),
+    ],
 )
 def test_mistakes_in_a_table(table, rows, message):
     table(rows)

@@ -45,6 +45,12 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no kernel could run."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1:
+                raise LayoutError(
+                    f"DecodeConfig: {field.name} must be an integer of 1 or more, got {value!r}"
+                )
         for name in ("BLOCK_M", "BLOCK_N"):
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
@@ -120,6 +126,12 @@ def _parse(where: str, listed: Mapping[str, object]) -> _Row:
         raise LayoutError(
             f"{where}: `when` must use {', '.join(_CONDITIONS)}, got {', '.join(unknown)}"
         )
+    for name, wanted in when.items():
+        if isinstance(wanted, dict) and (name == "q_dtype" or wanted.keys() - {"min", "max"}):
+            raise LayoutError(
+                f"{where}: `when` {name} must be a value, a list or, for numbers, a range of min and "
+                f"max, got {wanted}"
+            )
     known = {field.name for field in fields(DecodeConfig)}
     if unknown := sorted(values.keys() - known):
         raise LayoutError(f"{where}: keys must be among {', '.join(sorted(known))}, got {unknown}")
