@@ -129,8 +129,8 @@ def _parse(where: str, listed: Mapping[str, object]) -> _Row:
     for name, wanted in when.items():
         if isinstance(wanted, dict) and (name == "q_dtype" or wanted.keys() - {"min", "max"}):
             raise LayoutError(
-                f"{where}: `when` {name} must be a value, a list or, for numbers, a range of min and "
-                f"max, got {wanted}"
+                f"{where}: `when` {name} must be a value, a list or, for numbers, a range of min "
+                f"and max, got {wanted}"
             )
     known = {field.name for field in fields(DecodeConfig)}
     if unknown := sorted(values.keys() - known):
