@@ -86,6 +86,8 @@ def test_block_table_with_given_width_and_fill():
 def test_from_cu_seqlens(page_size: int, expected: list[list[int]]):
     kv = PagedKV.from_cu_seqlens(make_cache(8, page_size), i32(0, 3, 3, 5))
     assert kv.seq_lens.tolist() == [3, 0, 2]
+    assert kv.cu_seqlens.tolist() == [0, 3, 3, 5]
+    assert kv.cu_seqlens.dtype == torch.int32
     assert kv.token_slots().tolist() == expected
 
 

@@ -104,7 +104,7 @@ def test_doctor_reports_sections(run: Run, monkeypatch: pytest.MonkeyPatch):
         f"- mla-core: {mla_core.__version__}",
         "- reference: ok (mla-core, mla_core.reference_backend.backend:BACKEND",
         "- MLA_BACKEND: reference",
-        "- MLA_BAKCEND: typo (unknown: nothing reads it)",
+        "- MLA_BAKCEND: typo (not a setting of this library)",
         "- TRITON_CACHE_DIR: ~/my-triton-cache",
         "- triton: ~/my-triton-cache, absent",
     ):

@@ -289,6 +289,10 @@ def test_opcheck(monkeypatch):
     calls = captured_calls(monkeypatch, run)
     names = {str(target).split(".")[1] for target, _, _ in calls}
     assert names == {"write_kv_cache", "decode", "sparse_decode", "prefill", "reduce_partials"}
+    prefill = next(c for c in calls if "prefill" in str(c[0]))
+    out, lse = prefill[0](*prefill[1])
+    arguments = [t.detach() for t in (torch.randn_like(out), *prefill[1][:3], out, lse)]
+    calls.append((torch.ops.mla.prefill_backward.default, (*arguments, *prefill[1][3:]), {}))
     for target, positional, keywords in calls:
         overload = target if hasattr(target, "_schema") else target.default
         results = torch.library.opcheck(overload, positional, keywords)

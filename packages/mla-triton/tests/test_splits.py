@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from triton import language as tl
 
 from mla_core.dims import MLADims
+from mla_core.errors import UnsupportedProblemError
 from mla_core.plan import AttentionOptions, PlanRequest
 from mla_core.problem import Problem
-from mla_triton.decode import MIN_SPLIT_TOKENS, make_schedule
+from mla_triton.decode import MIN_SPLIT_TOKENS, make_schedule, plan_decode
 from mla_triton.kernels._math import split_range
 from mla_triton.splits import choose_splits
 from mla_triton.tuning import DecodeConfig
@@ -62,6 +63,13 @@ def test_ragged_lengths_get_splits_of_one_length(longest, is_ragged):
         assert length <= 4096
     else:
         assert length == MIN_SPLIT_TOKENS
+
+
+def test_a_batch_larger_than_a_grid_is_refused():
+    problem = Problem("decode", "sm90", "bf16", "bf16", MLADims(16), page_size=64)
+    request = PlanRequest(problem, AttentionOptions(), 65536, 65536, 1, 64, 65536)
+    with pytest.raises(UnsupportedProblemError, match=r"batch_size must be in 0\.\.65535, got"):
+        plan_decode(request)
 
 
 def test_an_expensive_merge_splits_less():

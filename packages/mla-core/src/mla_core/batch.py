@@ -185,6 +185,11 @@ class PagedKV:
         full = (num_pages - 1).clamp(min=0) * self.page_size
         return full + torch.where(num_pages > 0, self.kv_last_page_len, 0)
 
+    @property
+    def cu_seqlens(self) -> torch.Tensor:
+        """Prefix sums of cached tokens, [batch_size + 1] int32 on the device."""
+        return indptr_of(self.seq_lens)
+
     def block_table(self, max_pages: int | None = None, fill: int = -1) -> torch.Tensor:
         """Return the dense [batch_size, max_pages] int32 table of page ids, padded with ``fill``.
 
@@ -284,7 +289,10 @@ def _index_array(
     if tensor.ndim != ndim:
         raise LayoutError(f"{op}: {name} must be {shape}, got shape {tuple(tensor.shape)}")
     if tensor.dtype != torch.int32:
-        raise LayoutError(f"{op}: {name} must be int32, got {tensor.dtype}; call .to(torch.int32)")
+        raise LayoutError(
+            f"{op}: {name} must be int32, got {tensor.dtype} {tuple(tensor.shape)}; "
+            "call .to(torch.int32)"
+        )
     if tensor.device != device:
         raise LayoutError(f"{op}: {name} must be on {device} like the cache, got {tensor.device}")
     if not tensor.is_contiguous():
@@ -297,10 +305,15 @@ def _check_indptr(op: str, name: str, indptr: torch.Tensor) -> None:
     if not indptr.numel():
         raise LayoutError(f"{op}: {name} must have at least one entry, got shape (0,)")
     if int(indptr[0]) != 0:
-        raise LayoutError(f"{op}: {name} must start at 0, got {int(indptr[0])}")
+        raise LayoutError(
+            f"{op}: {name} must start at 0, got {int(indptr[0])} in shape {tuple(indptr.shape)}"
+        )
     if bool((indptr.diff() < 0).any()):
         where = int((indptr.diff() < 0).int().argmax())
-        raise LayoutError(f"{op}: {name} must not decrease, got a smaller value at {where + 1}")
+        raise LayoutError(
+            f"{op}: {name} must not decrease, got a smaller value at {where + 1} "
+            f"in shape {tuple(indptr.shape)}"
+        )
 
 
 def _within(op: str, name: str, tensor: torch.Tensor, low: int, high: int) -> None:
@@ -308,5 +321,6 @@ def _within(op: str, name: str, tensor: torch.Tensor, low: int, high: int) -> No
     if bool(bad.any()):
         where = int(bad.flatten().int().argmax())
         raise LayoutError(
-            f"{op}: {name} must be in {low}..{high}, got {int(tensor.flatten()[where])} at {where}"
+            f"{op}: {name} must be in {low}..{high}, got {int(tensor.flatten()[where])} at {where} "
+            f"in shape {tuple(tensor.shape)}"
         )

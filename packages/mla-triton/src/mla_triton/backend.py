@@ -29,6 +29,8 @@ _DECODE = Capability(
     kv_dtypes=frozenset({"bf16", "fp16", "fp32"}),
     same_dtypes=True,
     layouts=frozenset({"standard"}),
+    # Larger pages would overflow the 32-bit offsets of tokens inside one.
+    page_sizes=range(1, 2**20 + 1),
     num_heads=range(1, 129),
     kv_lora_ranks=range(32, 1025, 32),
     rope_dims=range(0, 129, 2),

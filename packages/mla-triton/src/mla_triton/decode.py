@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from mla_core.batch import PagedKV
+from mla_core.errors import UnsupportedProblemError
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule
 from mla_core.reduce import reduce_partials
 from mla_triton import tuning
@@ -20,12 +21,25 @@ RAGGED_SPLIT_TOKENS = 512
 MAX_AUTOMATIC_SPLITS = 64
 #: Longest over average request from which lengths count as ragged.
 RAGGED = 1.25
+#: Requests are the third dimension of the grid, which CUDA limits.
+MAX_BATCH_SIZE = 65535
 #: Stand-in for the multiprocessors of a device in the interpreter, so that it splits too.
 _INTERPRETED_MULTIPROCESSORS = 4
 
 
 def plan_decode(request: PlanRequest) -> Schedule:
-    """Choose tile sizes from the tuning table and the number of splits from the batch."""
+    """Choose tile sizes from the tuning table and the number of splits from the batch.
+
+    Raises
+    ------
+    UnsupportedProblemError
+        The batch is larger than a launch grid.
+    """
+    if request.batch_size > MAX_BATCH_SIZE:
+        raise UnsupportedProblemError(
+            f"triton: batch_size must be in 0..{MAX_BATCH_SIZE}, got {request.batch_size}; "
+            "plan the batch in parts"
+        )
     return make_schedule(request, tuning.choose(request))
 
 
@@ -54,7 +68,10 @@ def make_schedule(request: PlanRequest, config: tuning.DecodeConfig) -> Schedule
 def with_config(
     plan: DecodePlan, config: tuning.DecodeConfig, num_kv_splits: int | None = None
 ) -> DecodePlan:
-    """Return a plan of this backend with another configuration, for tuning and tests."""
+    """Return a plan of this backend with another configuration, for tuning and tests.
+
+    For eager calls: under ``torch.compile`` a call takes the tuning table's configuration again.
+    """
     request = replace(plan.request, num_kv_splits=num_kv_splits)
     schedule = make_schedule(request, config)
     workspace = {
@@ -228,7 +245,7 @@ def _splitting(request: PlanRequest, config: tuning.DecodeConfig) -> tuple[int, 
     if max_steps > RAGGED * mean_steps:
         # Splits of one length, not of one number, or the longest request would run on alone; and
         # half as long, so that the pieces pack.
-        least = RAGGED_SPLIT_TOKENS // config.BLOCK_N
+        least = max(1, RAGGED_SPLIT_TOKENS // config.BLOCK_N)
         split_blocks = max(least, math.ceil(mean_steps / (2 * splits)))
         splits = min(MAX_AUTOMATIC_SPLITS, -(-max_steps // split_blocks))
         return splits, split_blocks, f"{because}, ragged"

@@ -141,7 +141,7 @@ def _settings() -> Section:
     found = {name: os.environ[name] for name in (*ours, *_FOREIGN_VARIABLES) if name in os.environ}
     for name in sorted(os.environ):
         if name.startswith("MLA_") and name not in ours:
-            found[name] = f"{os.environ[name]} (unknown: nothing reads it)"
+            found[name] = f"{os.environ[name]} (not a setting of this library)"
     return {name: _without_home(value) for name, value in found.items()}
 
 

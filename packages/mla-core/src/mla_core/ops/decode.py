@@ -68,6 +68,7 @@ def decode(
 
     Notes
     -----
+    Not differentiable; for training see `mla_core.prefill`.
     Reads ``latent_dim`` elements per cached token. No host sync and no allocation when ``out``
     (and ``lse``, if wanted) are given, except on the ``reference`` backend.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; absorption as in its appendix C.

@@ -24,6 +24,7 @@ def plan_decode(request: PlanRequest) -> Schedule:
     )
 
 
+@torch.no_grad()
 def decode(
     ql_nope: torch.Tensor,
     q_pe: torch.Tensor,

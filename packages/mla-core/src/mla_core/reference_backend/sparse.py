@@ -10,6 +10,7 @@ from mla_core.reference_backend.attend import TILE, attend
 from mla_core.reference_backend.rows import query_rows, read_rows
 
 
+@torch.no_grad()
 def sparse_decode(
     ql_nope: torch.Tensor,
     q_pe: torch.Tensor,

@@ -167,7 +167,7 @@ BAD_INPUTS: tuple[BadInput, ...] = (
     BadInput(
         "an index array of int64",
         lambda: _csr(kv_indptr=torch.tensor([0, 2, 3])),
-        "PagedKV: kv_indptr must be int32, got torch.int64; call .to(torch.int32)",
+        "PagedKV: kv_indptr must be int32, got torch.int64 (3,); call .to(torch.int32)",
     ),
     BadInput(
         "an index array on another device",
