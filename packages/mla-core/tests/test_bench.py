@@ -422,7 +422,7 @@ def test_ceilings_are_measured_and_bind():
 
 def test_provenance():
     found = versions()
-    assert found["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["torch"])
     assert found["mla-core"]
     assert commit().removesuffix("-dirty").isalnum()
 

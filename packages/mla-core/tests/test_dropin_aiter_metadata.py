@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import importlib.util
 import inspect
 from unittest import mock
 
@@ -17,6 +16,7 @@ from mla_core.batch import indptr_of
 from mla_core.dropin import aiter
 from mla_core.dropin.aiter import metadata
 from mla_core.metadata import DeviceProfile, plan_v1_0, plan_v1_1
+from mla_core.testing import interpreter
 from mla_core.testing.assertions import assert_close
 
 REQUIRED = inspect.Parameter.empty
@@ -31,8 +31,8 @@ OUTPUTS = (
     "reduce_partial_map",
 )
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the device planner needs Triton"
+needs_interpreter = pytest.mark.skipif(
+    not interpreter.is_enabled(), reason="kernels take CPU tensors in Triton's interpreter only"
 )
 
 
@@ -188,10 +188,9 @@ def _on_a_small_gfx942():
         yield
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_example_ragged_decode(where, monkeypatch):
-    # Without a GPU the device planner runs in Triton's interpreter.
     monkeypatch.setattr(metadata, "_plans_on_device", lambda index: where == "device")
     buffers = decode_buffers(3, 1, 16, BF16, BF16, False)
     plan(i32(0, 1, 2, 3), i32(0, 40, 340, 470), i32(1, 1, 1), 16, buffers, max_seqlen_qo=1)
@@ -268,7 +267,7 @@ def test_example_pages_of_64():
     assert works(buffers) == [(0, -1, 0, 1, 0, 100, 0), (1, -1, 1, 2, 100, 137, 0)]
 
 
-@needs_triton
+@needs_interpreter
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_host_and_device_fill_the_same_bytes(data):

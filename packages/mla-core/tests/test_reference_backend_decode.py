@@ -35,10 +35,10 @@ def test_rows_before_every_window_may_hold_nan():
     assert torch.equal(decode(*arguments, sm_scale=inputs.sm_scale), want)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("has_sink", [False, True])
-def test_a_nan_in_a_seen_row_reaches_the_result(softcap: float, has_sink: bool):
-    options = AttentionOptions(softcap=softcap)
+def test_a_nan_in_a_seen_row_reaches_the_result(has_sink: bool):
+    # With a soft cap the rows take our own path; what torch's fused kernel does differs by release.
+    options = AttentionOptions(softcap=3.0)
     case = DecodeCase("nan", (21, 5), (2, 1), options=options, has_sink=has_sink)
     inputs = case.build()
     inputs.kv.cache.write(
