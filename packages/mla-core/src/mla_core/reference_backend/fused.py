@@ -69,8 +69,8 @@ def attend_fused(
     -----
     The kernel runs one thread per batch entry, so the rows go in as one equal share per thread.
     It wants keys and values of one width: the columns behind ``value_dim`` are computed and
-    dropped. Its public wrapper, ``scaled_dot_product_attention``, returns no lse. Some releases lose
-    a NaN of a row that is seen; ``MLA_CHECK=1`` finds it.
+    dropped. Its public wrapper, ``scaled_dot_product_attention``, returns no lse. Some releases
+    lose a NaN of a row that is seen; ``MLA_CHECK=1`` finds it.
     """
     shares = torch.get_num_threads()
     num_rows, width = queries.shape
