@@ -291,3 +291,13 @@ def test_triton_missing(monkeypatch):
     monkeypatch.setattr("mla_core.reduce._has_triton", lambda: False)
     with pytest.raises(BackendUnavailableError, match="needs triton; pip install"):
         reduce_partials(**GOOD, backend="triton")
+
+
+def test_ranges_past_the_partials_are_refused():
+    partial_out, partial_lse = torch.randn(3, 2, 4), torch.randn(3, 2)
+    beyond = torch.tensor([0, 2, 4], dtype=torch.int32)
+    with pytest.raises(LayoutError, match=r"reduce_indptr must lie in 0\.\.3, .* got 0 to 4"):
+        reduce_partials(partial_out, partial_lse, reduce_indptr=beyond)
+    rows = torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(LayoutError, match=r"reduce_indptr must lie in 0\.\.2"):
+        reduce_partials(partial_out, partial_lse, reduce_indptr=beyond, partial_map=rows)

@@ -276,7 +276,7 @@ def plan_decode(
         num_kv_splits=plan.num_kv_splits,
         problem=problem,
         because=f"{choice.because}; {plan.schedule.because}",
-        **plan.schedule.config,
+        **{f"config.{key}": value for key, value in plan.schedule.config.items()},
     )
     return plan
 

@@ -23,6 +23,7 @@ from typing import Literal
 
 import torch
 
+from mla_core import env
 from mla_core.checks import check_tensor
 from mla_core.errors import BackendUnavailableError, LayoutError
 
@@ -127,9 +128,8 @@ def reduce_partials(
     _check_index(op, "partial_map", partial_map, partial_out.device)
     if reduce_indptr is None:
         total_q = partial_out.shape[0]
-    elif reduce_indptr.numel() < 1:
-        raise LayoutError(f"{op}: reduce_indptr must be [total_q + 1], got shape (0,)")
     else:
+        _check_range(op, reduce_indptr, partial_out if partial_map is None else partial_map)
         total_q = reduce_indptr.numel() - 1
     shape = (total_q, *partial_out.shape[-2:])
     if out is None:
@@ -187,6 +187,7 @@ def reduce_tiles(
     _check_partials(op, partial_out, partial_lse, is_dense=False)
     _check_index(op, "reduce_indptr", reduce_indptr, partial_out.device)
     _check_index(op, "partial_map", partial_map, partial_out.device)
+    _check_range(op, reduce_indptr, partial_map)
     shape = (reduce_indptr.numel() - 1, 2)
     int32 = (torch.int32,)
     check_tensor(op, "final_map", final_map, shape=shape, dtypes=int32, device=partial_out.device)
@@ -239,6 +240,20 @@ def _check_partials(
 def _check_index(op: str, name: str, index: torch.Tensor | None, device: torch.device) -> None:
     if index is not None:
         check_tensor(op, name, index, shape=("n",), dtypes=(torch.int32,), device=device)
+
+
+def _check_range(op: str, reduce_indptr: torch.Tensor, entries: torch.Tensor) -> None:
+    """Check the ranges, their values only where that needs no device sync."""
+    if reduce_indptr.numel() < 1:
+        raise LayoutError(f"{op}: reduce_indptr must be [total_q + 1] or [num_tiles + 1], got (0,)")
+    if reduce_indptr.device.type != "cpu" and not env.flag("MLA_CHECK"):
+        return
+    if int(reduce_indptr[0]) < 0 or int(reduce_indptr[-1]) > entries.shape[0]:
+        raise LayoutError(
+            f"{op}: reduce_indptr must lie in 0..{entries.shape[0]}, the number of partials or "
+            f"entries of partial_map, got {int(reduce_indptr[0])} to {int(reduce_indptr[-1])} "
+            f"in shape {tuple(reduce_indptr.shape)}"
+        )
 
 
 def _check_outputs(
