@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_core import LatentCache, LayoutError, MLADims
+from mla_core import LatentCache, LayoutError, MLADims, use_backend
 from mla_core.dropin import flash_mla
 from mla_core.dropin.flash_mla import (
     FlashMLASchedMeta,
@@ -415,6 +415,10 @@ def test_lazy_schedule_keeps_the_plan_while_shapes_stay(rng):
     assert schedule.plan is plan
     shorter = [kv_c[0][:3], kv_c[1][:17]], [k_pe[0][:3], k_pe[1][:17]]
     assert_close(lse, dense_truth(arguments, *shorter)[1], what="lse")
+    with use_backend("reference"):
+        flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=schedule)
+        assert schedule.plan is not plan
+        plan = schedule.plan
     arguments["q"] = arguments["q"].repeat(1, 2, 1, 1)
     _, lse = flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=schedule, causal=True)
     assert schedule.plan is not plan

@@ -127,6 +127,11 @@ def _probe(backend: Backend, arch: str) -> None:
         ) from exc
 
 
+def preference() -> tuple[str, ...]:
+    """Return the backend names that `use_backend` or ``MLA_BACKEND`` asks for; none by default."""
+    return _PREFERRED.get() or env.names("MLA_BACKEND")
+
+
 def _named(backend: str | None) -> tuple[tuple[str, ...], str]:
     if backend is not None:
         return (backend,), f"backend={backend!r} was passed"

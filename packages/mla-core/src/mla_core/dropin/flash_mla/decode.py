@@ -14,6 +14,7 @@ from mla_core.errors import LayoutError
 from mla_core.ops import decode
 from mla_core.ops.arguments import OUT_DTYPES
 from mla_core.plan import AttentionOptions, plan_decode
+from mla_core.select import preference
 
 
 def flash_mla_with_kvcache(
@@ -174,6 +175,7 @@ def _dense(
         kv.page_size,
         max_seqlen_k,
         causal,
+        preference(),
         # A captured graph must own the buffers it writes, and outlives this object.
         q.is_cuda and torch.cuda.is_current_stream_capturing(),
     )
