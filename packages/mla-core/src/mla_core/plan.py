@@ -10,7 +10,7 @@ plan's ``max_seqlen_q``. (``max_seqlen_k`` only guides the split count: longer r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -241,21 +241,10 @@ def plan_decode(
         if value < 0:
             raise LayoutError(f"plan_decode: {name} must be >= 0, got {value}")
     check_query_lens("plan_decode", qo_indptr, total_q, max_seqlen_q)
-    layout = kv.cache.layout
     wanted = {"lse", *options.features}
     wanted |= {"sink"} if has_sink else set()
     wanted |= {"batch_invariant"} if batch_invariant else set()
-    problem = Problem(
-        op="decode",
-        arch=arch_of(kv.cache.device),
-        q_dtype=dtype_name(q_dtype),
-        kv_dtype=layout.kv_dtype,
-        dims=dims,
-        layout=layout.family,
-        page_size=kv.page_size,
-        q_len=max(max_seqlen_q, 1),
-        features=frozenset(wanted),
-    )
+    problem = decode_problem(dims, kv, q_dtype, max_seqlen_q, wanted)
     choice = select(problem, backend)
     request = PlanRequest(
         problem=problem,
@@ -279,6 +268,24 @@ def plan_decode(
         **{f"config.{key}": value for key, value in plan.schedule.config.items()},
     )
     return plan
+
+
+def decode_problem(
+    dims: MLADims, kv: PagedKV, q_dtype: torch.dtype, max_seqlen_q: int, features: Iterable[str]
+) -> Problem:
+    """Return the question a decode step over a batch asks of the backends."""
+    layout = kv.cache.layout
+    return Problem(
+        op="decode",
+        arch=arch_of(kv.cache.device),
+        q_dtype=dtype_name(q_dtype),
+        kv_dtype=layout.kv_dtype,
+        dims=dims,
+        layout=layout.family,
+        page_size=kv.page_size,
+        q_len=max(max_seqlen_q, 1),
+        features=frozenset(features),
+    )
 
 
 def build_plan(

@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 
 from mla_core import env, registry
-from mla_core.arch import arch_of
 from mla_core.batch import PagedKV
 from mla_core.cache import LatentCache
 from mla_core.checks import check_live_rows, check_tensor
-from mla_core.dtypes import dtype_name, torch_dtype
+from mla_core.dtypes import torch_dtype
 from mla_core.errors import LayoutError
 from mla_core.ops import library
 from mla_core.ops.arguments import check_q_scale, check_queries, check_sink, outputs
-from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, build_plan
-from mla_core.problem import Problem
+from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, build_plan, decode_problem
 
 
 def decode(
@@ -120,19 +118,7 @@ def decode(
             lse,
         )
     else:
-        _check_content(kv)
-        plan.run(
-            ql_nope,
-            q_pe,
-            kv,
-            plan,
-            sm_scale=sm_scale,
-            out=out,
-            lse=lse,
-            sink=sink,
-            q_scale=q_scale,
-            global_kv_lens=global_kv_lens,
-        )
+        _run(ql_nope, q_pe, kv, plan, sm_scale, out, lse, sink, q_scale, global_kv_lens)
     return out if lse is None else (out, lse)
 
 
@@ -187,11 +173,34 @@ def _check(
         )
 
 
-def _check_content(kv: PagedKV) -> None:
-    """Under ``MLA_CHECK=1`` check the index arrays and look for NaN in live rows (reads both)."""
+def _run(
+    ql_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv: PagedKV,
+    plan: DecodePlan,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    q_scale: torch.Tensor | None,
+    global_kv_lens: torch.Tensor | None,
+) -> None:
+    """Call the planned backend, under ``MLA_CHECK=1`` after reading every live row."""
     if env.flag("MLA_CHECK"):
         kv.check_values()
         check_live_rows("decode", kv.cache, kv.token_slots().flatten())
+    plan.run(
+        ql_nope,
+        q_pe,
+        kv,
+        plan,
+        sm_scale=sm_scale,
+        out=out,
+        lse=lse,
+        sink=sink,
+        q_scale=q_scale,
+        global_kv_lens=global_kv_lens,
+    )
 
 
 def _run_flat(
@@ -224,19 +233,9 @@ def _run_flat(
     causal, window, cp_world_size, cp_rank = mask
     options = AttentionOptions(bool(causal), window or None, softcap, cp_world_size, cp_rank)
     max_seqlen_q, max_seqlen_k, total_pages, num_kv_splits = limits
-    problem = Problem(
-        op="decode",
-        arch=arch_of(out.device),
-        q_dtype=dtype_name(ql_nope.dtype),
-        kv_dtype=cache.layout.kv_dtype,
-        dims=cache.dims.with_heads(ql_nope.shape[1]),
-        layout=cache.layout.family,
-        page_size=page_size,
-        q_len=max(max_seqlen_q, 1),
-        features=frozenset(features),
-    )
+    local_dims = cache.dims.with_heads(ql_nope.shape[1])
     request = PlanRequest(
-        problem=problem,
+        problem=decode_problem(local_dims, kv, ql_nope.dtype, max_seqlen_q, features),
         options=options,
         batch_size=kv.batch_size,
         total_q=ql_nope.shape[0],
@@ -246,20 +245,8 @@ def _run_flat(
         num_kv_splits=num_kv_splits or None,
         device_index=out.device.index if out.device.type == "cuda" else -1,
     )
-    _check_content(kv)
     plan = build_plan(request, registry.record(backend).require(), qo_indptr)
-    plan.run(
-        ql_nope,
-        q_pe,
-        kv,
-        plan,
-        sm_scale=sm_scale,
-        out=out,
-        lse=lse,
-        sink=sink,
-        q_scale=q_scale,
-        global_kv_lens=global_kv_lens,
-    )
+    _run(ql_nope, q_pe, kv, plan, sm_scale, out, lse, sink, q_scale, global_kv_lens)
 
 
 def _fake(ql_nope: torch.Tensor, *arguments: object) -> None:
