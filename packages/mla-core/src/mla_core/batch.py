@@ -132,7 +132,7 @@ class PagedKV:
         _index_array("PagedKV", "cu_seqlens_k", cu_seqlens_k, cache.device)
         seq_lens = cu_seqlens_k.diff()
         if cache.device.type == "cpu" or env.flag("MLA_CHECK"):
-            _check_indptr("PagedKV", "cu_seqlens_k", cu_seqlens_k)
+            check_indptr("PagedKV", "cu_seqlens_k", cu_seqlens_k)
         num_pages = pages_of(seq_lens, cache.page_size)
         kv_indptr = indptr_of(num_pages)
         pages = torch.arange(cache.num_pages, dtype=torch.int32, device=cache.device)
@@ -148,7 +148,7 @@ class PagedKV:
             ``kv_indptr`` does not start at 0, decreases, or points past ``kv_page_indices``; a page
             id is not below ``num_pages``; a last page length is outside 1..page_size.
         """
-        _check_indptr("PagedKV", "kv_indptr", self.kv_indptr)
+        check_indptr("PagedKV", "kv_indptr", self.kv_indptr)
         total_pages = int(self.kv_indptr[-1])
         if total_pages > self.kv_page_indices.numel():
             raise LayoutError(
@@ -253,7 +253,7 @@ def check_qo_indptr(
             f"got {tuple(qo_indptr.shape)}"
         )
     if device.type == "cpu" or env.flag("MLA_CHECK"):
-        _check_indptr(op, "qo_indptr", qo_indptr)
+        check_indptr(op, "qo_indptr", qo_indptr)
 
 
 def check_query_lens(op: str, qo_indptr: torch.Tensor, total_q: int, max_seqlen_q: int) -> None:
@@ -301,7 +301,13 @@ def _index_array(
         )
 
 
-def _check_indptr(op: str, name: str, indptr: torch.Tensor) -> None:
+def check_indptr(op: str, name: str, indptr: torch.Tensor) -> None:
+    """Check the values of prefix sums: they start at 0 and never decrease (reads them).
+
+    Raises
+    ------
+    LayoutError
+    """
     if not indptr.numel():
         raise LayoutError(f"{op}: {name} must have at least one entry, got shape (0,)")
     if int(indptr[0]) != 0:

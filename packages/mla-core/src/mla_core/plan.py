@@ -293,10 +293,7 @@ def build_plan(
 ) -> DecodePlan:
     """Ask a backend for its schedule, allocate the workspaces and bind everything together."""
     schedule, run = _schedule(request, backend, env.text("MLA_TUNING_PATH"))
-    workspace = {
-        name: torch.empty(shape, dtype=dtype, device=qo_indptr.device)
-        for name, (shape, dtype) in schedule.workspace.items()
-    }
+    workspace = allocate_workspace(schedule, qo_indptr.device)
     return DecodePlan(request, schedule, backend.name, run, qo_indptr, workspace, choice)
 
 
@@ -307,6 +304,14 @@ def _schedule(
     del tuning_path  # A backend may read its tables there: part of the key.
     schedule: Schedule = backend.load("plan_decode")(request)
     return schedule, backend.load("decode")
+
+
+def allocate_workspace(schedule: Schedule, device: torch.device) -> dict[str, torch.Tensor]:
+    """Allocate the buffers a schedule asks for."""
+    return {
+        name: torch.empty(shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in schedule.workspace.items()
+    }
 
 
 def output_dtype(q_dtype: torch.dtype) -> torch.dtype:

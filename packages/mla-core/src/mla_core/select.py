@@ -129,7 +129,7 @@ def _probe(backend: Backend, arch: str) -> None:
 
 def preference() -> tuple[str, ...]:
     """Return the backend names that `use_backend` or ``MLA_BACKEND`` asks for; none by default."""
-    return _PREFERRED.get() or env.names("MLA_BACKEND")
+    return _named(None)[0]
 
 
 def _named(backend: str | None) -> tuple[tuple[str, ...], str]:

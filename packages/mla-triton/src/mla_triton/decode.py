@@ -9,7 +9,7 @@ import torch
 
 from mla_core.batch import PagedKV
 from mla_core.errors import UnsupportedProblemError
-from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule
+from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule, allocate_workspace
 from mla_core.reduce import reduce_partials
 from mla_triton import tuning
 from mla_triton.splits import INVARIANT_SPLITS, choose_splits
@@ -74,10 +74,7 @@ def with_config(
     """
     request = replace(plan.request, num_kv_splits=num_kv_splits)
     schedule = make_schedule(request, config)
-    workspace = {
-        name: torch.empty(shape, dtype=dtype, device=plan.qo_indptr.device)
-        for name, (shape, dtype) in schedule.workspace.items()
-    }
+    workspace = allocate_workspace(schedule, plan.qo_indptr.device)
     return replace(plan, request=request, schedule=schedule, workspace=workspace)
 
 

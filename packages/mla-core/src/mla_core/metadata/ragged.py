@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mla_core.batch import check_indptr
 from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.metadata.profile import is_power_of_two
 
@@ -124,12 +125,7 @@ def check_host_tensors(
                 "on the device with plan_v1_2_device"
             )
     for name, indptr in named[:2]:
-        if int(indptr[0]) != 0:
-            raise LayoutError(f"{op}: {name} must start at 0, got {int(indptr[0])}")
-        falls = indptr.diff() < 0
-        if bool(falls.any()):
-            where = int(falls.int().argmax()) + 1
-            raise LayoutError(f"{op}: {name} must not decrease, got a smaller value at {where}")
+        check_indptr(op, name, indptr)
 
 
 def check_index_tensors(

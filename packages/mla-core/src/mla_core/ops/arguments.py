@@ -8,6 +8,7 @@ from mla_core.checks import check_tensor
 from mla_core.dims import MLADims
 from mla_core.dtypes import FP8_DTYPES, dtype_name
 from mla_core.errors import LayoutError
+from mla_core.plan import output_dtype
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,9 +59,7 @@ def outputs(
     """Check the given outputs and allocate the missing ones."""
     device = like.device
     if out is None:
-        is_fp8 = dtype_name(like.dtype) in FP8_DTYPES
-        dtype = torch.bfloat16 if is_fp8 else like.dtype
-        out = torch.empty(shape, dtype=dtype, device=device)
+        out = torch.empty(shape, dtype=output_dtype(like.dtype), device=device)
     else:
         check_tensor(op, "out", out, shape=shape, dtypes=OUT_DTYPES, device=device)
     if lse is not None:

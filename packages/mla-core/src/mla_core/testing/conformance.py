@@ -13,9 +13,8 @@ import torch
 
 from mla_core import registry
 from mla_core.dims import MLADims
-from mla_core.dtypes import FP8_DTYPES
 from mla_core.ops import decode
-from mla_core.plan import AttentionOptions, plan_decode
+from mla_core.plan import AttentionOptions, output_dtype, plan_decode
 from mla_core.testing.assertions import TOLERANCES, assert_close
 from mla_core.testing.cases import DecodeCase
 from mla_core.testing.poison import poison_
@@ -135,7 +134,7 @@ def check_decode(backend: str, case: DecodeCase, device: torch.device | str = "c
     )
     for workspace in plan.workspace.values():
         poison_(workspace)
-    dtype = torch.bfloat16 if case.q_dtype in FP8_DTYPES else inputs.ql_nope.dtype
+    dtype = output_dtype(inputs.ql_nope.dtype)
     out = poison_(torch.empty(inputs.expected_out.shape, dtype=dtype, device=device))
     lse = poison_(torch.empty(inputs.expected_lse.shape, dtype=torch.float32, device=device))
     decode(

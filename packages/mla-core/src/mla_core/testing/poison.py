@@ -24,11 +24,6 @@ def poison_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(torch.iinfo(tensor.dtype).max)
 
 
-def is_poisoned(tensor: torch.Tensor) -> torch.Tensor:
-    """Say for each element of a floating-point tensor whether it still holds the poison."""
-    return tensor.isnan() if tensor.dtype.itemsize > 1 else tensor.float().isnan()
-
-
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
     """Make ``torch.empty`` and its relatives return poison inside the block.
