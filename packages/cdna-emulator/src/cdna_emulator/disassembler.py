@@ -1,28 +1,31 @@
 """Machine code to text, one line for each instruction, by LLVM's own disassembler.
 
 LLVM is reached through its stable C interface in ``librocmllvm.so``, which the pip package
-``rocm-llvm-python`` carries. The library is loaded at the first call.
+``rocm-llvm-python`` carries. It runs in a process of its own for each architecture, started at the
+first call: some invalid encodings crash it, and that has to be an error here.
 
-Text is as LLVM prints it, without leading blanks. A branch prints its 16-bit field as an unsigned
+Text is as LLVM prints it, with single blanks. A branch prints its 16-bit field as an unsigned
 number: the target is ``address + 4 + 4 * field``, with the field taken as signed.
 """
 
 from __future__ import annotations
 
-import ctypes
+import atexit
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from threading import Lock
 
+from cdna_emulator import disassembler_worker
 from cdna_emulator.errors import ToolchainError, UnknownInstructionError
 
 ARCHS = ("gfx942", "gfx950")
 
-_TRIPLE = b"amdgcn-amd-amdhsa"
-_TEXT_BYTES = 512
-#: LLVM decodes some invalid encodings into operands that say so in such a comment.
-_INVALID_MARK = "/*"
+#: LLVM decodes some invalid encodings all the same and remarks on their operands.
+_REMARKS = ("/*", "; Warning")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class RawInstruction:
     address : int
         Of its first byte, within the code object.
     size : int
-        4, 8 or 12 bytes, or 16 with a literal after a long encoding.
+        In bytes, a literal included: a multiple of 4.
     text : str
         Mnemonic, operands and modifiers in LLVM's syntax.
     """
@@ -52,7 +55,7 @@ def disassemble(code: bytes, arch: str, address: int = 0) -> list[RawInstruction
     code : bytes
         Machine code and nothing else.
     arch : str
-        ``gfx942`` or ``gfx950``; they share encodings that mean different things.
+        ``gfx942`` or ``gfx950``; some encodings exist in one of them only.
     address : int
         Of the first byte; instruction addresses count from it.
 
@@ -70,59 +73,99 @@ def disassemble(code: bytes, arch: str, address: int = 0) -> list[RawInstruction
         raise UnknownInstructionError(
             f"disassemble: arch must be one of {', '.join(ARCHS)}, got {arch!r}"
         )
-    library = _library()
-    context = library.LLVMCreateDisasmCPUFeatures(_TRIPLE, arch.encode(), b"", None, 0, None, None)
-    if not context:
-        raise ToolchainError(f"disassemble: LLVM must know {arch}, got no disassembler for it")
-    try:
-        return _decode(library, context, code, arch, address)
-    finally:
-        library.LLVMDisasmDispose(context)
-
-
-def _decode(
-    library: ctypes.CDLL, context: int, code: bytes, arch: str, address: int
-) -> list[RawInstruction]:
-    """Decode instruction after instruction until the bytes end."""
-    buffer = (ctypes.c_uint8 * len(code)).from_buffer_copy(code)
-    start = ctypes.addressof(buffer)
-    text = ctypes.create_string_buffer(_TEXT_BYTES)
-    found = []
+    found: list[RawInstruction] = []
     offset = 0
-    while offset < len(code):
-        size = library.LLVMDisasmInstruction(
-            context, start + offset, len(code) - offset, address + offset, text, _TEXT_BYTES
-        )
-        line = " ".join(text.value.decode().split()) if size else ""
-        if not size or _INVALID_MARK in line:
+    for size, text in _worker(arch).decode(code, address):
+        if not size or any(remark in text for remark in _REMARKS):
             raise UnknownInstructionError(
                 f"disassemble: bytes at {address + offset:#x} must be a {arch} instruction, got "
-                f"{code[offset : offset + 16].hex(' ', 4)}{f' ({line})' if line else ''}; "
+                f"{code[offset : offset + 16].hex(' ', 4)}{f' ({text})' if text else ''}; "
                 "was the object built for another architecture, or is there data in its code?"
             )
-        found.append(RawInstruction(address + offset, size, line))
+        found.append(RawInstruction(address + offset, size, text))
         offset += size
     return found
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    """Load LLVM and prepare its AMDGPU target."""
-    library = ctypes.CDLL(str(_find_library()))
-    for part in ("TargetInfo", "TargetMC", "Disassembler"):
-        getattr(library, f"LLVMInitializeAMDGPU{part}")()
-    pointer, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
-    library.LLVMCreateDisasmCPUFeatures.restype = pointer
-    library.LLVMCreateDisasmCPUFeatures.argtypes = [
-        *(text, text, text),  # triple, processor, features
-        *(pointer, ctypes.c_int, pointer, pointer),  # callbacks for symbols: none
-    ]
-    library.LLVMDisasmInstruction.restype = size
-    library.LLVMDisasmInstruction.argtypes = [pointer, pointer, ctypes.c_uint64]
-    library.LLVMDisasmInstruction.argtypes += [ctypes.c_uint64, text, size]
-    library.LLVMDisasmDispose.restype = None
-    library.LLVMDisasmDispose.argtypes = [pointer]
-    return library
+class _Worker:
+    """One process that decodes; started anew after it crashed."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+        self.lock = Lock()
+        self.start()
+
+    def start(self) -> None:
+        """Start the process and wait until it has loaded LLVM."""
+        library = str(_find_library())
+        # Isolated: nothing that the caller's folder or environment shadows may be imported.
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", disassembler_worker.__file__, library, self.arch],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self.process.stdin and self.process.stdout
+        self.requests, self.answers = self.process.stdin, self.process.stdout
+        if self.answers.readline() != disassembler_worker.READY:
+            reason = self.stop()
+            raise ToolchainError(
+                f"disassemble: {library} must load and know {self.arch}, got {reason!r}; "
+                "run `pip install --force-reinstall rocm-llvm-python`"
+            )
+
+    def stop(self) -> str:
+        """End the process, if it has not ended by itself; return what it complained about."""
+        self.process.kill()
+        return self.process.communicate()[1].decode(errors="replace").strip()
+
+    def decode(self, code: bytes, address: int) -> list[tuple[int, str]]:
+        """Return size and text of each instruction; size 0 comes last where decoding fails."""
+        with self.lock:
+            if self.process.poll() is not None:
+                self.start()
+            try:
+                return self._ask(code, address)
+            except BaseException:
+                # An answer read in part would be taken for the next one's.
+                self.stop()
+                raise
+
+    def _ask(self, code: bytes, address: int) -> list[tuple[int, str]]:
+        self.requests.write(disassembler_worker.REQUEST.pack(address, len(code)) + code)
+        self.requests.flush()
+        lines: list[tuple[int, str]] = []
+        missing = len(code)
+        while missing > 0:
+            line = self.answers.readline().decode()
+            if not line:  # it crashed
+                self.stop()
+            size, _, text = line.strip().partition(" ")
+            lines.append((int(size or 0), text))
+            if not lines[-1][0]:
+                break
+            missing -= lines[-1][0]
+        return lines
+
+
+#: By process too: a forked one must not talk to the worker of its parent.
+_workers: dict[tuple[int, str], _Worker] = {}
+
+
+def _worker(arch: str) -> _Worker:
+    """Return this process's worker for an architecture."""
+    key = os.getpid(), arch
+    if key not in _workers:
+        _workers[key] = _Worker(arch)
+    return _workers[key]
+
+
+@atexit.register
+def _stop_workers() -> None:
+    """End the processes this one has started."""
+    for (owner, _), worker in _workers.items():
+        if owner == os.getpid():
+            worker.stop()
 
 
 def _find_library() -> Path:
