@@ -21,6 +21,10 @@ constexpr int kVgprs = 512;
 // Scalar registers by their number in machine code.
 constexpr int kFlatScratch = 102, kVcc = 106, kM0 = 124, kExec = 126, kSgprs = 128;
 
+// Flat addresses of LDS and of private memory: 32-bit offsets from these bases. SRC_SHARED_BASE and
+// the like read them; limits are base + 0xffffffff.
+constexpr uint64_t kSharedAperture = 1ull << 48, kPrivateAperture = 2ull << 48;
+
 enum OperandKind : uint8_t { kAbsent = 0, kVgpr = 1, kSgpr = 2, kConstant = 3, kSpecial = 4 };
 enum OperandFlags : uint8_t { kNeg = 1, kAbs = 2, kSext = 4, kRead = 8, kWrite = 16 };
 enum Special : uint16_t {
@@ -180,6 +184,15 @@ bool lds_store(Wave& w, int lane, uint32_t address, uint32_t bytes, const void* 
 uint8_t* lds_atomic(Wave& w, int lane, uint32_t address, uint32_t bytes);
 // A direct copy from memory into LDS: lands now or when its wait retires it, as scheduled.
 void lds_dma(Wave& w, int lane, uint32_t address, uint32_t bytes, const void* value);
+
+// Device address of the present instruction; s_getpc_b64 and calls add the instruction's 4 bytes.
+uint64_t code_address(const Wave& w);
+// Continues at a device address; false after a report when no instruction starts there.
+bool jump(Wave& w, uint64_t address);
+// What s_memtime reads: instructions executed so far in the workgroup.
+uint64_t clock_ticks(const Wave& w);
+// 942 or 950.
+uint32_t arch(const Wave& w);
 
 // Adds to the instruction's counters for the profile.
 void count_bytes(Wave& w, uint64_t bytes);
