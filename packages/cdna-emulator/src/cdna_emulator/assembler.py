@@ -1,7 +1,7 @@
 """Assembly text to a code object, reproducible byte for byte, and a report of what came out.
 
 Assembler and linker are LLVM's, from the pip package ``ziglang`` (``pip install
-"cdna-emulator[assembler]"``). Sources may use everything LLVM's assembler has: ``.macro``,
+"cdna-emulator[assemble]"``). Sources may use everything LLVM's assembler has: ``.macro``,
 ``.rept``, ``.if``, ``.include``, symbols given by ``defines``.
 """
 
@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cdna_emulator.code_object import CodeObject
 from cdna_emulator.disassembler import ARCHS
@@ -91,67 +92,71 @@ def assemble(
         raise ToolchainError(f"assemble: arch must be one of {', '.join(ARCHS)}, got {arch!r}")
     if importlib.util.find_spec("ziglang") is None:
         raise ToolchainError(
-            'assemble: ziglang must be installed; run `pip install "cdna-emulator[assembler]"`'
+            'assemble: ziglang must be installed; run `pip install "cdna-emulator[assemble]"`'
         )
     with tempfile.TemporaryDirectory(prefix="cdna-assemble-") as folder:
         place = Path(folder)
-        if isinstance(source, Path):
-            path = source.resolve()
-        else:
+        path = source
+        if isinstance(path, str):
             path = place / "source.s"
             path.write_text(source)
         script, compiled, linked = place / "link.ld", place / "object.o", place / "object.co"
         script.write_text(_LINKER_SCRIPT)
         options = [f"-Wa,-defsym,{name}={value}" for name, value in (defines or {}).items()]
-        options += [f"-Wa,-I{Path(folder).resolve()}" for folder in (path.parent, *include_dirs)]
-        # Paths in the object would tell where it was built.
-        options += ["-g", f"-fdebug-compilation-dir={path.parent}"] if debug else ["-g0"]
+        options += [f"-Wa,-I{included}" for included in (path.parent, *include_dirs)]
         _zig(
             *("clang", _TARGET, f"-mcpu={arch}", "-x", "assembler", "-Wa,--fatal-warnings"),
-            *(*options, "-c", str(path), "-o", str(compiled)),
+            *("-g" if debug else "-g0", *options, "-c", str(path), "-o", str(compiled)),
+            folder=folder,
         )
-        strip = [] if debug else ["--strip-all"]
         _zig(
-            *("ld.lld", "-shared", "--build-id=none", *strip, "-T", str(script)),
+            *("ld.lld", "-shared", "--build-id=none", "-T", str(script)),
+            *([] if debug else ["--strip-all"]),
             *(str(compiled), "-o", str(linked)),
+            folder=folder,
         )
         return linked.read_bytes()
 
 
-def _zig(*arguments: str) -> None:
-    """Run one tool of ziglang; what it complains of becomes the error."""
+def _zig(*arguments: str, folder: str) -> None:
+    """Run one tool of ziglang; what it complains of becomes the error, less the scratch folder."""
     done = subprocess.run(
         [sys.executable, "-m", "ziglang", *arguments], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise ToolchainError(f"assemble: {arguments[0]} refused its input\n{done.stderr.strip()}")
+        reason = done.stderr.replace(f"{folder}/", "").strip()
+        raise ToolchainError(f"assemble: {arguments[0]} must accept its input, got\n{reason}")
 
 
 def assemble_lines(
-    lines: Iterable[str],
+    lines: Iterable[str], arch: str, *, name: str = "kernel", **options: Any
+) -> bytes:
+    """Wrap instructions into a code object with one kernel; see `assemble_kernels`."""
+    return assemble_kernels({name: lines}, arch, **options)
+
+
+def assemble_kernels(
+    kernels: Mapping[str, Iterable[str]],
     arch: str,
     *,
-    name: str = "kernel",
     pointers: int = 0,
     group_segment_size: int = 0,
     private_segment_size: int = 0,
     directives: Mapping[str, int] | None = None,
 ) -> bytes:
-    """Wrap instructions into a code object with one kernel.
+    """Wrap instructions into a code object, for tests and experiments.
 
-    The kernel finds its argument block at ``s[0:1]``, workgroup ids at ``s2``, ``s3`` and ``s4``,
-    and its work-item id (x, y and z in ten bits each) in ``v0``. It has all 102 scalar registers,
-    256 architectural and 256 accumulation registers, and up to 1024 work-items. ``s_endpgm`` is
-    added after the last line.
+    A kernel finds its argument block at ``s[0:1]``, workgroup ids in ``s2``, ``s3`` and ``s4``, and
+    its work-item id (x, y and z in ten bits each) in ``v0``. It has all scalar registers, 256
+    architectural and 256 accumulation registers, keeps denormals, and says that it takes 1024
+    work-items, more than hardware has registers for. ``s_endpgm`` is added after the last line.
 
     Parameters
     ----------
-    lines : iterable of str
-        Instructions, labels and directives of the assembler.
+    kernels : mapping of str to iterable of str
+        Instructions, labels and directives of each kernel, by its name. Labels are shared by all.
     arch : str
         ``gfx942`` or ``gfx950``.
-    name : str
-        Of the kernel.
     pointers : int
         Number of 8-byte global pointers in the argument block, called ``arg0``, ``arg1``, ...
     group_segment_size, private_segment_size : int
@@ -163,6 +168,10 @@ def assemble_lines(
     -------
     bytes
         The code object.
+
+    Raises
+    ------
+    ToolchainError : a line is not accepted; the message names the kernel and counts its lines
     """
     settings = {
         "group_segment_fixed_size": group_segment_size,
@@ -177,24 +186,31 @@ def assemble_lines(
         "system_vgpr_workitem_id": 2,
         "float_denorm_mode_32": 3,
         "next_free_vgpr": 512,
-        "next_free_sgpr": 96,
+        "next_free_sgpr": 96,  # and six that are reserved; s[0:101] exist whatever is asked for
         "accum_offset": 256,
         **(directives or {}),
     }
-    arguments = [
-        f"      - {{.name: arg{i}, .offset: {8 * i}, .size: 8, .value_kind: global_buffer, "
-        ".address_space: global}"
-        for i in range(pointers)
-    ]
-    source = [
-        f'.amdgcn_target "amdgcn-amd-amdhsa--{arch}"',
-        ".amdhsa_code_object_version 5",
+    source = [f'.amdgcn_target "amdgcn-amd-amdhsa--{arch}"', ".amdhsa_code_object_version 5"]
+    for name, lines in kernels.items():
+        source += _kernel(name, lines, settings)
+    source += [".amdgpu_metadata", "amdhsa.version: [1, 2]", "amdhsa.kernels:"]
+    for name in kernels:
+        source += _metadata(name, pointers, settings)
+    source += [".end_amdgpu_metadata"]
+    return assemble("\n".join(source) + "\n", arch)
+
+
+def _kernel(name: str, lines: Iterable[str], settings: Mapping[str, int]) -> list[str]:
+    """Return the source of one kernel and its descriptor."""
+    return [
         ".text",
         f".globl {name}",
         ".p2align 8",
         f".type {name},@function",
         f"{name}:",
+        f'# 1 "{name}"',  # lines count from here in messages
         *lines,
+        f'# 1 "directives of {name}"',
         "s_endpgm",
         f".size {name}, . - {name}",
         ".rodata",
@@ -202,24 +218,34 @@ def assemble_lines(
         f".amdhsa_kernel {name}",
         *(f"  .amdhsa_{key} {value}" for key, value in settings.items()),
         ".end_amdhsa_kernel",
-        ".amdgpu_metadata",
-        "amdhsa.version: [1, 2]",
-        "amdhsa.kernels:",
+    ]
+
+
+def _metadata(name: str, pointers: int, settings: Mapping[str, int]) -> list[str]:
+    """Return the metadata of one kernel."""
+    registers = settings["next_free_vgpr"]
+    values = {
+        "kernarg_segment_size": 8 * pointers,
+        "kernarg_segment_align": 8,
+        "group_segment_fixed_size": settings["group_segment_fixed_size"],
+        "private_segment_fixed_size": settings["private_segment_fixed_size"],
+        "wavefront_size": 64,
+        "sgpr_count": settings["next_free_sgpr"],
+        "vgpr_count": registers,
+        "agpr_count": max(0, registers - settings["accum_offset"]),
+        "max_flat_workgroup_size": 1024,
+    }
+    return [
         f"  - .name: {name}",
         f"    .symbol: {name}.kd",
-        f"    .kernarg_segment_size: {8 * pointers}",
-        "    .kernarg_segment_align: 8",
-        f"    .group_segment_fixed_size: {group_segment_size}",
-        f"    .private_segment_fixed_size: {private_segment_size}",
-        "    .wavefront_size: 64",
-        f"    .sgpr_count: {settings['next_free_sgpr']}",
-        f"    .vgpr_count: {settings['next_free_vgpr']}",
-        f"    .agpr_count: {settings['next_free_vgpr'] - settings['accum_offset']}",
-        "    .max_flat_workgroup_size: 1024",
-        *(["    .args:", *arguments] if pointers else []),
-        ".end_amdgpu_metadata",
+        *(f"    .{key}: {value}" for key, value in values.items()),
+        *(["    .args:"] if pointers else []),
+        *(
+            f"      - {{.name: arg{i}, .offset: {8 * i}, .size: 8, .value_kind: global_buffer, "
+            ".address_space: global}"
+            for i in range(pointers)
+        ),
     ]
-    return assemble("\n".join(source) + "\n", arch)
 
 
 def object_report(code_object: CodeObject | bytes | str | Path) -> list[ObjectRow]:

@@ -105,7 +105,8 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.requests, self.answers = self.process.stdin, self.process.stdout
         if self.answers.readline() != disassembler_worker.READY:
             reason = self.stop()
