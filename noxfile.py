@@ -7,6 +7,7 @@ Every session shares one environment, ``.nox/dev``, because torch and triton tak
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,21 @@ def wheels(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Time the ops side by side, each checked before its time counts; see `mla bench --help`."""
     dev(session, "mla", "bench", *session.posargs)
+
+
+@costly
+def assemble(session: nox.Session) -> None:
+    """Build the code objects in hsa/ with the pinned assembler; `-- --check` only compares them."""
+    pins = ROOT / "constraints" / "assemble.txt"
+    place = ROOT / ".nox" / "assembler"
+    installed = place / "pins.txt"
+    if not installed.is_file() or installed.read_text() != pins.read_text():
+        shutil.rmtree(place, ignore_errors=True)
+        where = ("--target", str(place), "--require-hashes", "--requirement", str(pins))
+        environment.install(environment.DEV, *where)
+        installed.write_text(pins.read_text())
+    # Comes before what the shared environment has of it, which nobody checked.
+    dev(session, "python", "tools/assemble.py", *session.posargs, PYTHONPATH=str(place))
 
 
 @costly
