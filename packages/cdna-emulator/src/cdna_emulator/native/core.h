@@ -112,7 +112,31 @@ struct Mode {
   bool flush_inputs64 = false, flush_outputs64 = false;  // of f16 and f64
   bool dx10_clamp = true, ieee = true;
   bool gpr_idx = false;           // s_set_gpr_idx_on: vector register numbers add M0[7:0]
+  bool saturate16 = false;        // FP16_OVFL: overflowing f16, fp8 and bf8 results are the largest
 };
+
+// Between Mode and the bits of the hardware register: 1:0 round f32, 3:2 round f16 and f64, 5:4 and
+// 7:6 denormals of the same (bit 0 keeps inputs, bit 1 keeps results), 8 DX10_CLAMP, 9 IEEE,
+// 23 FP16_OVFL, 27 GPR_IDX_EN.
+inline void set_mode_bits(Mode& mode, uint32_t bits) {
+  mode.round32 = bits & 3;
+  mode.round64 = bits >> 2 & 3;
+  mode.flush_inputs32 = !(bits >> 4 & 1);
+  mode.flush_outputs32 = !(bits >> 5 & 1);
+  mode.flush_inputs64 = !(bits >> 6 & 1);
+  mode.flush_outputs64 = !(bits >> 7 & 1);
+  mode.dx10_clamp = bits >> 8 & 1;
+  mode.ieee = bits >> 9 & 1;
+  mode.saturate16 = bits >> 23 & 1;
+  mode.gpr_idx = bits >> 27 & 1;
+}
+
+inline uint32_t mode_bits(const Mode& mode) {
+  return mode.round32 | mode.round64 << 2 | uint32_t(!mode.flush_inputs32) << 4 |
+         uint32_t(!mode.flush_outputs32) << 5 | uint32_t(!mode.flush_inputs64) << 6 |
+         uint32_t(!mode.flush_outputs64) << 7 | uint32_t(mode.dx10_clamp) << 8 |
+         uint32_t(mode.ieee) << 9 | uint32_t(mode.saturate16) << 23 | uint32_t(mode.gpr_idx) << 27;
+}
 
 struct Machine;
 struct Workgroup;
@@ -135,6 +159,7 @@ struct Wave {
   Shadow* shadow = nullptr;
   uint8_t* scratch = nullptr;  // private memory: lane-major, scratch_bytes per lane
   uint32_t scratch_bytes = 0;
+  uint32_t arch = 942;  // 942 or 950: formats of fp8 and bf8 differ; set by the machine
 
   uint64_t pair(int index) const {
     uint64_t value;
