@@ -80,7 +80,9 @@ def tests_gpu(session: nox.Session) -> None:
 
 
 @nox.session(python=False, requires=["wheels"], default=False)
-@nox.parametrize("package", ["mla-core", "mla-triton", "mla-asm", "mla-fusions"])
+@nox.parametrize(
+    "package", ["cdna-emulator", "mla-core", "mla-triton", "mla-asm", "mla-fusions"]
+)
 def tests_isolated(session: nox.Session, package: str) -> None:
     """Run one package's tests against its wheel, with nothing but its declared dependencies."""
     place = ROOT / ".nox" / f"isolated-{package}"
@@ -144,7 +146,7 @@ def build(session: nox.Session) -> None:
 @costly
 def wheels(session: nox.Session) -> None:
     """Build every sdist, and each wheel from its sdist, into dist/."""
-    for old in DIST.glob("mla_*"):
+    for old in (*DIST.glob("mla_*"), *DIST.glob("cdna_*")):
         old.unlink()
     for name in environment.PACKAGES:
         project = f"packages/{name}"

@@ -20,7 +20,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DEV = ROOT / ".nox" / "dev"
-PACKAGES = ("mla-core", "mla-triton", "mla-asm", "mla-fusions", "mla-kernels")
+PACKAGES = (
+    "cdna-emulator",
+    "mla-core",
+    "mla-triton",
+    "mla-asm",
+    "mla-fusions",
+    "mla-kernels",
+)
 
 #: Prints where the starting interpreter keeps a torch built for a GPU, or nothing.
 _FIND_GPU_TORCH = """

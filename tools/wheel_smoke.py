@@ -15,6 +15,7 @@ from pathlib import Path
 
 #: Backend names each requirement must make discoverable.
 EXPECTED = {
+    "cdna-emulator": set[str](),
     "mla-core": {"reference"},
     "mla-triton": {"reference", "triton"},
     "mla-asm": {"reference", "asm"},
@@ -26,6 +27,9 @@ EXPECTED = {
 def main(requirement: str) -> None:
     """Run every check for one requirement and print what was seen."""
     names = EXPECTED[requirement]
+    if requirement == "cdna-emulator":
+        check_emulator()
+        return
     check_origin(names)
     check_import_is_light()
     check_discovery(names)
@@ -116,6 +120,19 @@ def check_command_line() -> None:
         check('pip install "mla-core[cli]"' in text, f"it names the extra, got\n{text}")
     else:
         check(done.returncode == 0 and "reference" in text, f"it lists reference, got\n{text}")
+
+
+def check_emulator() -> None:
+    """The native core is in the wheel, and executes what the disassembler reads."""
+    import cdna_emulator
+    from cdna_emulator.native_core import has_handler
+
+    folder = Path(cdna_emulator.__file__).parent
+    check(folder.is_relative_to(sys.prefix), f"it comes from {sys.prefix}, not {folder}")
+    check(has_handler("v_mfma_f32_16x16x16_bf16"), "the native core has matrix instructions")
+    text = cdna_emulator.disassemble(bytes.fromhex("000081bf"), "gfx942")[0].text
+    check(text == "s_endpgm", f"the disassembler reads s_endpgm, got {text}")
+    print("cdna-emulator: the native core loads, the disassembler reads")
 
 
 def check_catalogs() -> None:

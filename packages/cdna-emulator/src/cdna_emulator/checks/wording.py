@@ -1,0 +1,108 @@
+"""From the native core's finding records to `Finding` with words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cdna_emulator.checks.findings import Finding
+from cdna_emulator.memory import DeviceMemory
+from cdna_emulator.native_core import Counters, FindingRecord
+from cdna_emulator.program import Program
+
+
+@dataclass(frozen=True)
+class _Context:
+    program: Program
+    memory: DeviceMemory
+    record: FindingRecord
+
+    def instruction(self, index: int) -> str:
+        """Return text and address of another instruction, by its index."""
+        if not 0 <= index < len(self.program.instructions):
+            return "the start of the workgroup"
+        other = self.program.instructions[index]
+        line = self.program.source_lines[index]
+        return f"`{other.text}` at {other.address:#x}{f' ({line})' if line else ''}"
+
+
+def _register(number: int) -> str:
+    if number >= 1024:
+        return f"s{number - 1024}"
+    return f"v{number}" if number < 256 else f"a{number - 256}"
+
+
+_WORDS: dict[int, tuple[str, Callable[[_Context], str]]] = {
+    1: (
+        "out_of_bounds",
+        lambda c: f"accessed {c.record.detail1 & 0xFFFFFFFF} bytes at "
+        + c.memory.describe(c.record.detail0),
+    ),
+    2: (
+        "lds_out_of_bounds",
+        lambda c: f"accessed {c.record.detail1} bytes at LDS address {c.record.detail0:#x}",
+    ),
+    3: (
+        "missing_wait",
+        lambda c: f"used {_register(c.record.detail0)} before a wait for "
+        + c.instruction(c.record.detail1),
+    ),
+    4: (
+        "barrier_writes",
+        lambda c: "reached the barrier before a wait for the LDS write "
+        + c.instruction(c.record.detail0),
+    ),
+    5: (
+        "lds_race",
+        lambda c: f"LDS address {c.record.detail1:#x} without a barrier since another wave's "
+        + c.instruction(c.record.detail0),
+    ),
+    6: ("uninitialised_vgpr", lambda c: f"read {_register(c.record.detail0)}, never written"),
+    7: ("uninitialised_lds", lambda c: f"read LDS address {c.record.detail0:#x}, never written"),
+    8: (
+        "divergent_barrier",
+        lambda c: "waves of the workgroup wait at different barriers; another is "
+        + c.instruction(c.record.detail0),
+    ),
+    9: (
+        "instruction_limit",
+        lambda c: f"still running after {c.record.detail0} wave-instructions of the workgroup",
+    ),
+    10: ("unsupported", lambda c: f"not modelled (code {c.record.detail0})"),
+    11: ("misaligned", lambda c: f"address {c.record.detail0:#x} needs a multiple of {c.record.detail1}"),
+    12: (
+        "scratch_out_of_bounds",
+        lambda c: f"accessed {c.record.detail1} bytes at private address {c.record.detail0:#x}",
+    ),
+    13: ("uninitialised_sgpr", lambda c: f"read s{c.record.detail0}, never written"),
+}
+
+
+def describe(program: Program, memory: DeviceMemory, counters: Counters) -> list[Finding]:
+    """Return the findings of a run, one per kind and instruction, in order of address."""
+    merged: dict[tuple[int, int], FindingRecord] = {}
+    counts: dict[tuple[int, int], int] = {}
+    for record in counters.findings:
+        key = (record.kind, record.instruction)
+        merged.setdefault(key, record)
+        counts[key] = counts.get(key, 0) + record.count
+    findings = []
+    for key, record in merged.items():
+        kind, words = _WORDS[record.kind]
+        index = record.instruction
+        instruction = program.instructions[index]
+        findings.append(
+            Finding(
+                kind=kind,
+                kernel=program.name,
+                address=instruction.address,
+                instruction=instruction.text,
+                detail=words(_Context(program, memory, record)),
+                source_line=program.source_lines[index],
+                workgroup=(record.workgroup[0], record.workgroup[1], record.workgroup[2]),
+                wave=record.wave,
+                lane=record.lane if record.lane >= 0 else None,
+                count=counts[key],
+            )
+        )
+    return sorted(findings, key=lambda finding: finding.address)
