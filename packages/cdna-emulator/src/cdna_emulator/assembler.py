@@ -96,8 +96,9 @@ def assemble(
         )
     with tempfile.TemporaryDirectory(prefix="cdna-assemble-") as folder:
         place = Path(folder)
-        path = source
-        if isinstance(path, str):
+        if isinstance(source, Path):
+            path = source
+        else:
             path = place / "source.s"
             path.write_text(source)
         script, compiled, linked = place / "link.ld", place / "object.o", place / "object.co"

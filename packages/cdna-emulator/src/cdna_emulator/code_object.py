@@ -7,7 +7,6 @@ Layouts are those of the LLVM documentation *User Guide for AMDGPU Backend*: ELF
 from __future__ import annotations
 
 import io
-from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,9 @@ from elftools.elf.sections import SymbolTableSection
 from elftools.elf.segments import NoteSegment
 
 from cdna_emulator.errors import CodeObjectError
+from cdna_emulator.kernel import Kernel, KernelArgument, Segment
 from cdna_emulator.kernel_descriptor import DESCRIPTOR_BYTES, KernelDescriptor
+from cdna_emulator.source_lines import SourceLines
 
 _MACHINE_AMDGPU = 224
 _OS_ABI_HSA = 64
@@ -31,114 +32,11 @@ _ARCHS = {0x4C: "gfx942", 0x4F: "gfx950"}
 _CODE_OBJECT_VERSIONS = {3: 5, 4: 6}
 _NOTE_METADATA = 32
 _EXECUTABLE, _WRITABLE = 1, 2
+#: Keeps a damaged header from asking for all memory.
+_MAX_SEGMENT_BYTES = 2**30
 _RELOCATE_ABS64, _RELOCATE_RELATIVE64 = 3, 13
-#: Firmware that preloads kernel arguments enters a kernel this far behind its entry.
-PRELOAD_PROLOGUE_BYTES = 256
 
-
-@dataclass(frozen=True, slots=True)
-class KernelArgument:
-    """One entry of a kernel's argument block, as its metadata declares it.
-
-    Parameters
-    ----------
-    name : str
-        Empty where the metadata has none, as for hidden arguments.
-    offset, size : int
-        In bytes, within the argument block.
-    value_kind : str
-        ``global_buffer``, ``by_value``, ``hidden_block_count_x``, ...
-    address_space : str
-        Of what a pointer points to; empty when it is no pointer.
-    """
-
-    name: str
-    offset: int
-    size: int
-    value_kind: str
-    address_space: str = ""
-
-    @property
-    def is_hidden(self) -> bool:
-        """Whether the runtime fills it in, not the caller."""
-        return self.value_kind.startswith("hidden_")
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A piece of the loaded image.
-
-    Parameters
-    ----------
-    address : int
-        Where it lies.
-    data : bytes
-        As long as its memory, zeros behind what the file holds.
-    is_executable, is_writable : bool
-        What the program header asks for.
-    """
-
-    address: int
-    data: bytes
-    is_executable: bool
-    is_writable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """One kernel of a code object.
-
-    Counts are what the metadata says; `KernelDescriptor` has what hardware allocates.
-
-    Parameters
-    ----------
-    name : str
-        What callers launch it by.
-    symbol : str
-        Of its descriptor, ``<name>.kd``.
-    code : bytes
-        Machine code from the entry to the end of the kernel's symbol.
-    code_address : int
-        Of the first byte of ``code``, within the unrelocated image.
-    vgpr_count : int
-        Architectural and accumulation registers together.
-    reqd_workgroup_size : (int, int, int) or None
-        The only work-group size it may be launched with.
-    """
-
-    name: str
-    symbol: str
-    arch: str
-    code_object_version: int
-    code: bytes = field(repr=False)
-    code_address: int
-    descriptor: KernelDescriptor
-    descriptor_address: int
-    arguments: tuple[KernelArgument, ...]
-    kernarg_size: int
-    kernarg_align: int
-    group_segment_size: int
-    private_segment_size: int
-    vgpr_count: int
-    agpr_count: int
-    sgpr_count: int
-    vgpr_spill_count: int
-    sgpr_spill_count: int
-    max_flat_workgroup_size: int
-    reqd_workgroup_size: tuple[int, int, int] | None
-    uses_dynamic_stack: bool
-
-    @property
-    def entry_address(self) -> int:
-        """Where firmware that does not preload arguments enters."""
-        return self.code_address
-
-    @property
-    def preload_entry_address(self) -> int | None:
-        """Where firmware that preloads arguments enters; None when the kernel asks for none."""
-        if not self.descriptor.kernarg_preload_length:
-            return None
-        return self.code_address + PRELOAD_PROLOGUE_BYTES
+__all__ = ["CodeObject", "Kernel", "KernelArgument", "Segment"]
 
 
 @dataclass(frozen=True)
@@ -219,34 +117,11 @@ class CodeObject:
 
     def source_line(self, address: int) -> str | None:
         """Return ``file:line`` of the code at an address; None without debug information."""
-        position = bisect_right(self._lines, (address, chr(0x10FFFF))) - 1
-        return self._lines[position][1] or None if position >= 0 else None
+        return self._source_lines.at(address)
 
     @cached_property
-    def _lines(self) -> list[tuple[int, str]]:
-        """Return (address, ``file:line`` from there on), sorted; empty text ends a range."""
-        elf = ELFFile(io.BytesIO(self.data))
-        if not elf.has_dwarf_info():
-            return []
-        dwarf = elf.get_dwarf_info()
-        rows: dict[int, str] = {}
-        for unit in dwarf.iter_CUs():
-            program = dwarf.line_program_for_CU(unit)
-            if program is None:
-                continue
-            # Up to version 4 files count from 1.
-            first = 0 if program.header.version >= 5 else 1
-            files = [entry.name.decode() for entry in program.header.file_entry]
-            for entry in program.get_entries():
-                if (state := entry.state) is None:
-                    continue
-                if state.end_sequence:
-                    rows.setdefault(state.address, "")
-                elif not state.line:  # code that the compiler attributes to no line
-                    rows[state.address] = ""
-                else:
-                    rows[state.address] = f"{files[state.file - first]}:{state.line}"
-        return sorted(rows.items())
+    def _source_lines(self) -> SourceLines:
+        return SourceLines(ELFFile(io.BytesIO(self.data)))
 
 
 class _Reader:
@@ -254,12 +129,6 @@ class _Reader:
 
     def __init__(self, data: bytes, where: str) -> None:
         self.data, self.where = data, where
-        try:
-            self.elf = ELFFile(io.BytesIO(data))
-        except ELFError as exc:
-            raise self.error(
-                "content must be an ELF file", f"{len(data)} bytes that are none: {exc}"
-            ) from exc
 
     def error(self, must: str, got: object, todo: str = "") -> CodeObjectError:
         """Make an error in the common form."""
@@ -267,6 +136,18 @@ class _Reader:
 
     def read(self) -> CodeObject:
         """Check the header, then read everything behind it."""
+        try:
+            self.elf = ELFFile(io.BytesIO(self.data))
+            return self._read()
+        except CodeObjectError:
+            raise
+        except (ELFError, ArithmeticError, AttributeError, TypeError, ValueError) as exc:
+            # What the ELF parser raises on damaged tables depends on where the damage is.
+            raise self.error(
+                "content must be a well-formed ELF file", f"{len(self.data)} bytes: {exc!r}"
+            ) from exc
+
+    def _read(self) -> CodeObject:
         self.arch, self.version = self._header()
         self.segments = self._segments()
         self.symbols = self._symbols()
@@ -313,16 +194,28 @@ class _Reader:
         return arch, version
 
     def _segments(self) -> tuple[Segment, ...]:
-        return tuple(
-            Segment(
-                segment["p_vaddr"],
-                segment.data().ljust(segment["p_memsz"], b"\0"),
-                bool(segment["p_flags"] & _EXECUTABLE),
-                bool(segment["p_flags"] & _WRITABLE),
+        segments = []
+        for segment in self.elf.iter_segments():
+            if segment["p_type"] != "PT_LOAD":
+                continue
+            address, size = segment["p_vaddr"], segment["p_memsz"]
+            start, stored = segment["p_offset"], segment["p_filesz"]
+            if stored > size or start + stored > len(self.data) or size > _MAX_SEGMENT_BYTES:
+                raise self.error(
+                    f"segment at {address:#x} must lie in the file and take at most "
+                    f"{_MAX_SEGMENT_BYTES} bytes",
+                    f"{stored} bytes at {start:#x} for {size} bytes of memory",
+                )
+            flags = segment["p_flags"]
+            segments.append(
+                Segment(
+                    address,
+                    self.data[start : start + stored].ljust(size, b"\0"),
+                    bool(flags & _EXECUTABLE),
+                    bool(flags & _WRITABLE),
+                )
             )
-            for segment in self.elf.iter_segments()
-            if segment["p_type"] == "PT_LOAD"
-        )
+        return tuple(segments)
 
     def _symbols(self) -> dict[str, tuple[int, int]]:
         return {
