@@ -1,0 +1,104 @@
+"""Wait states around matrix instructions.
+
+A matrix instruction takes 2, 4, 8 or 16 passes of four cycles. Those that run on the matrix core
+proper ("XDL") deliver their result one state later than those on f32 ("SGEMM"), and gfx950 adds one
+more to all but the shortest. Instructions on f64 ("DGEMM") have numbers of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cdna_emulator.checks import registers as regs
+from cdna_emulator.instruction import Instruction
+from cdna_emulator.isa import Unit
+from cdna_emulator.profile import matrix_cycles
+
+_CYCLES_PER_PASS = 4
+_F64_SMALL = "4x4x4"
+
+
+def passes(mnemonic: str, arch: str) -> int:
+    """Return how many passes a matrix instruction takes."""
+    return matrix_cycles(mnemonic, arch) // _CYCLES_PER_PASS
+
+
+def _is_f64(mnemonic: str) -> bool:
+    return mnemonic.endswith("_f64")
+
+
+def _is_xdl(mnemonic: str) -> bool:
+    """Whether the matrix core proper executes it: everything but f32 and f64 inputs."""
+    return not mnemonic.endswith(("_f32", "_f64"))
+
+
+def matrix_waits(
+    producer: Instruction, consumer: Instruction, arch: str
+) -> Iterator[tuple[int, str]]:
+    """Yield (wait states, reason) that ``consumer`` needs after a matrix instruction."""
+    result = regs.writes(producer)
+    if regs.is_matrix(consumer):
+        yield from _matrix_after_matrix(producer, consumer, result, arch)
+        return
+    is_memory = consumer.op.unit.is_vector_memory or consumer.op.unit is Unit.LDS
+    if not is_memory and not regs.is_valu(consumer):
+        return
+    if result & regs.reads(consumer):
+        yield _until_result(producer, arch, is_memory), "reads the result of a matrix instruction"
+    if result & regs.writes(consumer):
+        needed = _until_result(producer, arch, is_memory=False)
+        yield needed, "overwrites the result of a matrix instruction"
+    if _is_xdl(producer.mnemonic) and regs.is_valu(consumer):
+        accumulated = regs.of_operand(producer.operands[3])
+        if accumulated & regs.writes(consumer):
+            needed = passes(producer.mnemonic, arch) - 1
+            yield needed, "overwrites the accumulator input of a matrix instruction"
+    if _is_f64(producer.mnemonic) and consumer.mnemonic in ("v_fma_f64", "v_fmac_f64"):
+        yield 2, "v_fma_f64 after a matrix instruction on f64"
+
+
+def _until_result(producer: Instruction, arch: str, is_memory: bool) -> int:
+    name = producer.mnemonic
+    if _is_f64(name):
+        if _F64_SMALL in name:
+            return 9 if is_memory else 6
+        return 18 if is_memory else 11
+    return _overlap(name, arch, xdl_extra=3, other_extra=2)
+
+
+def _overlap(mnemonic: str, arch: str, xdl_extra: int, other_extra: int) -> int:
+    count = passes(mnemonic, arch)
+    if not _is_xdl(mnemonic):
+        return count + other_extra
+    return count + xdl_extra + (arch == "gfx950" and count != 2)
+
+
+def _matrix_after_matrix(
+    producer: Instruction, consumer: Instruction, result: regs.Registers, arch: str
+) -> Iterator[tuple[int, str]]:
+    name, next_name = producer.mnemonic, consumer.mnemonic
+    inputs = regs.of_operand(consumer.operands[1]) | regs.of_operand(consumer.operands[2])
+    for scale in consumer.operands[4:]:
+        inputs |= regs.of_operand(scale)
+    if result & inputs:
+        if _is_f64(name):
+            needed = 6 if _F64_SMALL in name else 11
+        else:
+            needed = _overlap(name, arch, xdl_extra=3, other_extra=2)
+        yield needed, "matrix input is the result of a matrix instruction"
+    accumulator = regs.of_operand(consumer.operands[3])
+    if not result & accumulator:
+        return
+    if min(result) == min(accumulator):
+        # Results are forwarded to the accumulator input of the same registers.
+        if _is_f64(name) and _F64_SMALL in name and _F64_SMALL in next_name:
+            yield 4, "accumulator input is the result of a matrix instruction"
+        elif passes(name, arch) == 2:
+            yield 2, "accumulator input is the result of a matrix instruction"
+    elif _is_f64(name):
+        if not _is_xdl(next_name):
+            needed = 4 if _F64_SMALL in name else 9
+            yield needed, "accumulator input overlaps the result of a matrix instruction"
+    elif _is_xdl(name) or not _is_xdl(next_name):
+        needed = _overlap(name, arch, xdl_extra=1, other_extra=0)
+        yield needed, "accumulator input overlaps the result of a matrix instruction"
