@@ -1,0 +1,5 @@
+"""``python -m cdna_emulator``."""
+
+from cdna_emulator.cli import main
+
+main()

@@ -1,0 +1,93 @@
+"""Readable tables of objects, profiles and findings, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from cdna_emulator.assembler import ObjectRow
+from cdna_emulator.checks.findings import Finding
+from cdna_emulator.code_object import Kernel
+from cdna_emulator.profile import Profile
+
+
+def objects(rows: Sequence[ObjectRow]) -> Table:
+    """Return one row per kernel: registers, LDS, scratch, spills, sizes."""
+    table = Table(title="kernels")
+    table.add_column("kernel")
+    for name in ("VGPR", "AGPR", "SGPR", "LDS", "scratch", "spills", "code", "kernarg"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        numbers = (
+            row.vgprs,
+            row.agprs,
+            row.sgprs,
+            row.lds_bytes,
+            row.scratch_bytes,
+            row.spills,
+            row.code_bytes,
+            row.kernarg_bytes,
+        )
+        table.add_row(row.kernel, *map(str, numbers))
+    return table
+
+
+def arguments(kernel: Kernel) -> Table:
+    """Return the argument block of a kernel."""
+    table = Table(title=f"arguments of {kernel.name}")
+    for name in ("offset", "size", "name", "kind"):
+        table.add_column(name, justify="right" if name in ("offset", "size") else "left")
+    for argument in kernel.arguments:
+        table.add_row(
+            f"{argument.offset:#x}", str(argument.size), argument.name, argument.value_kind
+        )
+    return table
+
+
+def mix(profile: Profile, most: int) -> Table:
+    """Return the instruction mix, most frequent first."""
+    table = Table(title=f"{profile.wave_instructions:,} wave-instructions")
+    table.add_column("instruction")
+    table.add_column("executed", justify="right")
+    table.add_column("share", justify="right")
+    for name, count in profile.mix.most_common(most):
+        table.add_row(name, f"{count:,}", f"{count / profile.wave_instructions:.1%}")
+    return table
+
+
+def units(profile: Profile) -> Table:
+    """Return executed instructions and estimated issue cycles per unit."""
+    table = Table(title="units (cycles are an estimate from issue slots, without latency)")
+    table.add_column("unit")
+    for name in ("executed", "share", "issue cycles"):
+        table.add_column(name, justify="right")
+    for unit, count in profile.units.most_common():
+        cycles = profile.estimated_cycles.get(unit, 0)
+        table.add_row(unit, f"{count:,}", f"{count / profile.wave_instructions:.1%}", f"{cycles:,}")
+    return table
+
+
+def moved(profile: Profile) -> Table:
+    """Return the bytes that active lanes loaded and stored."""
+    table = Table(title="bytes moved by active lanes")
+    table.add_column("space and direction")
+    table.add_column("bytes", justify="right")
+    for space, count in profile.bytes_moved.items():
+        table.add_row(space, f"{count:,}")
+    return table
+
+
+def findings(found: Sequence[Finding]) -> Table:
+    """Return what the checkers found."""
+    table = Table(title=f"{len(found)} findings")
+    for name in ("kind", "where", "instruction", "what"):
+        table.add_column(name, overflow="fold")
+    for item in found:
+        where = f"{item.address:#x}"
+        where += f" {item.source_line}" if item.source_line else ""
+        where += f" wave {item.wave}" if item.wave is not None else ""
+        where += f" lane {item.lane}" if item.lane is not None else ""
+        where += f" ({item.count} times)" if item.count > 1 else ""
+        table.add_row(item.kind, where, item.instruction, item.detail)
+    return table
