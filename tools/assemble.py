@@ -24,10 +24,11 @@ from dataclasses import astuple, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from cdna_emulator.assembler import ObjectRow, assemble, object_report
-from cdna_emulator.errors import EmulatorError
 from rich.console import Console
 from rich.table import Table
+
+from cdna_emulator.assembler import ObjectRow, assemble, object_report
+from cdna_emulator.errors import EmulatorError
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS = ROOT / "constraints" / "assemble.txt"

@@ -120,6 +120,14 @@ class _Worker:
         self.process.kill()
         return self.process.communicate()[1].decode(errors="replace").strip()
 
+    def disown(self) -> None:
+        """Close this process's ends of the pipes without ending the worker."""
+        for pipe in (self.requests, self.answers, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+        # Nothing to wait for, and no warning about it.
+        self.process.returncode = 0
+
     def decode(self, code: bytes, address: int) -> list[tuple[int, str]]:
         """Return size and text of each instruction; size 0 comes last where decoding fails."""
         with self.lock:
@@ -149,24 +157,35 @@ class _Worker:
         return lines
 
 
-#: By process too: a forked one must not talk to the worker of its parent.
-_workers: dict[tuple[int, str], _Worker] = {}
+_workers: dict[str, _Worker] = {}
+_workers_lock = Lock()
 
 
 def _worker(arch: str) -> _Worker:
-    """Return this process's worker for an architecture."""
-    key = os.getpid(), arch
-    if key not in _workers:
-        _workers[key] = _Worker(arch)
-    return _workers[key]
+    """Return the worker for an architecture."""
+    with _workers_lock:
+        if arch not in _workers:
+            _workers[arch] = _Worker(arch)
+        return _workers[arch]
 
 
 @atexit.register
 def _stop_workers() -> None:
     """End the processes this one has started."""
-    for (owner, _), worker in _workers.items():
-        if owner == os.getpid():
-            worker.stop()
+    for worker in _workers.values():
+        worker.stop()
+
+
+def _forget_workers() -> None:
+    """Leave the workers of the process this one was forked from to that one."""
+    global _workers_lock
+    _workers_lock = Lock()
+    for worker in _workers.values():
+        worker.disown()
+    _workers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_workers)
 
 
 def _find_library() -> Path:

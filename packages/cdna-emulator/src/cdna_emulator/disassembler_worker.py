@@ -45,7 +45,10 @@ def load(path: str) -> ctypes.CDLL:
 def main(path: str, arch: str) -> None:
     """Answer requests until standard input ends."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    library = load(path)
+    try:
+        library = load(path)
+    except (OSError, AttributeError) as exc:
+        sys.exit(str(exc))
     triple = b"amdgcn-amd-amdhsa"
     context = library.LLVMCreateDisasmCPUFeatures(triple, arch.encode(), b"", None, 0, None, None)
     if not context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from pathlib import PurePosixPath
 
 from elftools.elf.elffile import ELFFile
 
@@ -20,7 +21,10 @@ class SourceLines:
                 continue
             # Up to version 4 files count from 1.
             first = 0 if program.header.version >= 5 else 1
-            files = [entry.name.decode(errors="replace") for entry in program.header.file_entry]
+            files = [
+                PurePosixPath(entry.name.decode(errors="replace")).name
+                for entry in program.header.file_entry
+            ]
             for entry in program.get_entries():
                 state = entry.state
                 if state is None:
