@@ -9,6 +9,7 @@ import torch
 
 from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.metadata import DeviceProfile, plan_v1_2
+from mla_core.metadata.tiling import HeadTiling
 
 CU4 = DeviceProfile("gfx942", 4)
 FP8 = {"q_dtype": "fp8_e4m3fnuz", "kv_dtype": "fp8_e4m3fnuz"}
@@ -53,6 +54,16 @@ def test_one_cut():
         {1: (1, 2)},
         [0, 1],
     )
+
+
+def test_a_kernel_may_bring_its_own_tiling():
+    """Twelve heads suit no row of gfx942's table; a tile of 48 rows takes four tokens of them."""
+    with pytest.raises(UnsupportedProblemError, match="multiple of 16"):
+        _plan([6, 1], [40, 30], num_heads=12)
+    tiling = HeadTiling(fold=1, num_heads=12, packed_rows=48, one_tile=False)
+    work = _plan([6, 1], [40, 30], num_heads=12, tiling=tiling)
+    assert work.work_info[:, 2:4].tolist() == [[0, 3], [3, 6], [6, 7]]
+    assert work.work_info[:, 0].tolist() == [0, 0, 1]
 
 
 def test_a_tile_per_token_is_trimmed():

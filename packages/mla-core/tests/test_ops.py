@@ -53,6 +53,19 @@ def test_output_may_have_another_dtype_and_strides():
     assert torch.equal(out, want.bfloat16())
 
 
+def test_lengths_promised_to_stay_must_stay():
+    arguments = make(fixed_lengths=True)
+    want = mla_core.decode(**make())
+    assert torch.equal(mla_core.decode(**arguments), want)
+    arguments["kv"].kv_last_page_len[0] += 1
+    with pytest.raises(LayoutError, match="seq_lens must stay as the plan's fixed_lengths"):
+        mla_core.decode(**arguments)
+    arguments = make(fixed_lengths=True)
+    arguments["plan"].qo_indptr[1] -= 1
+    with pytest.raises(LayoutError, match="query lengths in .* must stay"):
+        mla_core.decode(**arguments)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

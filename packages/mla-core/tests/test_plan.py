@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
 import mla_core
 from mla_core import AttentionOptions, LatentCache, LayoutError, MLADims, PagedKV
+from mla_core.backend import Backend
 from mla_core.errors import BackendUnavailableError, UnsupportedProblemError
-from mla_core.plan import output_dtype
+from mla_core.plan import Schedule, build_plan, output_dtype
 
 DIMS = MLADims(4)
 
@@ -41,6 +43,35 @@ def test_given_lengths_are_taken_as_they_are():
     )
     assert plan.request.total_q == 7
     assert plan.request.max_seqlen_k == 999
+
+
+def test_lengths_that_stay_are_part_of_the_request():
+    arguments = {"dims": DIMS, "qo_indptr": i32(0, 2, 2, 5), "kv": make_kv()}
+    request = mla_core.plan_decode(**arguments, fixed_lengths=True).request
+    assert (request.q_lens, request.kv_lens) == ((2, 0, 3), (21, 0, 16))
+    request = mla_core.plan_decode(**arguments).request
+    assert (request.q_lens, request.kv_lens) == (None, None)
+
+
+def test_tables_of_a_schedule_come_with_the_plan():
+    asked = []
+
+    def schedule(request):
+        asked.append(request.kv_lens)
+        lens = i32(*(request.kv_lens or ()))
+        workspace = {"partials": ((2, 3), torch.float32)}
+        return Schedule("kernel", workspace=workspace, tables={"lens": lens})
+
+    backend = Backend("fake", 1, (), {"plan_decode": "", "decode": ""})
+    backend._loaded.update(plan_decode=schedule, decode=print)
+    changing = mla_core.plan_decode(DIMS, i32(0, 2, 2, 5), make_kv(), backend="reference").request
+    fixed = replace(changing, q_lens=(2, 0, 3), kv_lens=(21, 0, 16))
+    for request in (changing, changing, fixed, fixed):
+        made = build_plan(request, backend, i32(0, 2, 2, 5))
+        assert made.tables["lens"].tolist() == list(request.kv_lens or ())
+        assert made.workspace["partials"].shape == (2, 3)
+    # A schedule for changing lengths is remembered, one for fixed lengths is not.
+    assert asked == [None, (21, 0, 16), (21, 0, 16)]
 
 
 def test_options_become_features():

@@ -56,6 +56,13 @@ VARIABLES: tuple[Variable, ...] = (
         "Directory of kernel catalogs and code objects, instead of the packaged `hsa/`.",
     ),
     Variable(
+        "MLA_ASM_EMULATE",
+        "0",
+        "0, 1, gfx942, gfx950",
+        "Let the `asm` backend run its AMD kernels on CPU tensors in the emulator, slowly; 1 means "
+        "gfx942.",
+    ),
+    Variable(
         "MLA_CHECK",
         "0",
         "0 or 1",

@@ -5,6 +5,10 @@ preallocated buffers, and kernels read every length from device memory. A CUDA g
 a plan therefore stays valid while the contents of ``qo_indptr``, ``kv_indptr``,
 ``kv_page_indices`` and ``kv_last_page_len`` change in place, as long as no request exceeds the
 plan's ``max_seqlen_q``. (``max_seqlen_k`` only guides the split count: longer requests stay right.)
+
+A caller that plans every step anyway may promise ``fixed_lengths``. A backend may then deal out the
+work of this batch in advance, and a replay may change only the contents of the cache and of
+``kv_page_indices``.
 """
 
 from __future__ import annotations
@@ -83,7 +87,8 @@ class PlanRequest:
     """Everything a backend may base a schedule on; hashable, so schedules can be cached.
 
     ``num_kv_splits`` is the caller's wish, or ``None`` for the backend's choice.
-    ``device_index`` is -1 off the GPU.
+    ``device_index`` is -1 off the GPU. ``q_lens`` and ``kv_lens`` are the query and cached tokens
+    of each request, ``None`` unless the caller promised that they stay.
     """
 
     problem: Problem
@@ -95,6 +100,8 @@ class PlanRequest:
     total_pages: int
     num_kv_splits: int | None = None
     device_index: int = -1
+    q_lens: tuple[int, ...] | None = None
+    kv_lens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,9 @@ class Schedule:
         Tile sizes and launch parameters, for the log.
     workspace : mapping of str to (shape, torch dtype)
         Buffers `mla_core.decode` needs besides its outputs; a plan allocates them once.
+    tables : mapping of str to Tensor, on the CPU
+        What was worked out from the lengths of the request, such as a work list; a plan copies
+        them to the device once.
     """
 
     kernel: str
@@ -120,6 +130,7 @@ class Schedule:
     because: str = ""
     config: Mapping[str, int] = field(default_factory=dict)
     workspace: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +148,8 @@ class DecodePlan:
     workspace : mapping of str to Tensor
     choice : Choice, optional
         How the backend was chosen; absent on plans rebuilt inside a compiled graph.
+    tables : mapping of str to Tensor
+        The schedule's tables on the batch's device.
     """
 
     request: PlanRequest
@@ -146,6 +159,7 @@ class DecodePlan:
     qo_indptr: torch.Tensor
     workspace: Mapping[str, torch.Tensor]
     choice: Choice | None = None
+    tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def options(self) -> AttentionOptions:
@@ -185,6 +199,7 @@ def plan_decode(
     total_q: int | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    fixed_lengths: bool = False,
     backend: str | None = None,
 ) -> DecodePlan:
     """Choose a backend and a schedule for decode steps over a batch.
@@ -210,6 +225,10 @@ def plan_decode(
     total_q, max_seqlen_q, max_seqlen_k : int, optional
         Give all three and planning reads nothing from the device. Otherwise they are read from
         ``qo_indptr`` and ``kv``. With graph replay in mind, give upper bounds.
+    fixed_lengths : bool
+        Promise that every run of the plan has the lengths of this batch, request by request; they
+        are read on the host. Persistent kernels need it. Under ``torch.compile`` the promise is
+        not passed on: the compiled step runs the schedule for changing lengths.
     backend : str, optional
         Use this backend or raise.
 
@@ -256,6 +275,8 @@ def plan_decode(
         total_pages=kv.kv_page_indices.numel(),
         num_kv_splits=num_kv_splits,
         device_index=_device_index(kv.cache.device),
+        q_lens=tuple(qo_indptr.diff().tolist()) if fixed_lengths else None,
+        kv_lens=tuple(kv.seq_lens.tolist()) if fixed_lengths else None,
     )
     plan = build_plan(request, choice.backend, qo_indptr, choice)
     event(
@@ -292,9 +313,25 @@ def build_plan(
     request: PlanRequest, backend: Backend, qo_indptr: torch.Tensor, choice: Choice | None = None
 ) -> DecodePlan:
     """Ask a backend for its schedule, allocate the workspaces and bind everything together."""
-    schedule, run = _schedule(request, backend, env.text("MLA_TUNING_PATH"))
-    workspace = allocate_workspace(schedule, qo_indptr.device)
-    return DecodePlan(request, schedule, backend.name, run, qo_indptr, workspace, choice)
+    # A schedule for fixed lengths serves one batch: remembering it would only fill the cache.
+    ask = _schedule if request.kv_lens is None else _schedule.__wrapped__
+    schedule, run = ask(request, backend, env.text("MLA_TUNING_PATH"))
+    return bind_schedule(request, schedule, backend.name, run, qo_indptr, choice)
+
+
+def bind_schedule(
+    request: PlanRequest,
+    schedule: Schedule,
+    backend: str,
+    run: Callable[..., None],
+    qo_indptr: torch.Tensor,
+    choice: Choice | None = None,
+) -> DecodePlan:
+    """Allocate what a schedule asks for on the batch's device and return the plan."""
+    device = qo_indptr.device
+    workspace = allocate_workspace(schedule, device)
+    tables = {name: table.to(device) for name, table in schedule.tables.items()}
+    return DecodePlan(request, schedule, backend, run, qo_indptr, workspace, choice, tables)
 
 
 @functools.lru_cache(maxsize=4096)

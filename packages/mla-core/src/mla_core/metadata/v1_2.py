@@ -20,7 +20,7 @@ import torch
 from mla_core.metadata.profile import DeviceProfile, ceil_div
 from mla_core.metadata.ragged import check_one_kv_head, ragged
 from mla_core.metadata.tiles import Cuts, QueryTiles, assemble, dense_tiles, sparse_tiles
-from mla_core.metadata.tiling import Shape, head_tiling, workgroups_per_cu
+from mla_core.metadata.tiling import HeadTiling, Shape, head_tiling, workgroups_per_cu
 from mla_core.metadata.worklist import WorkList
 
 #: Tokens read in the time a piece costs on top of its blocks.
@@ -45,6 +45,7 @@ def plan_v1_2(
     is_cp_round_robin: bool = False,
     q_dtype: str = "bf16",
     kv_dtype: str = "bf16",
+    tiling: HeadTiling | None = None,
 ) -> WorkList:
     """Plan a decode step on the host.
 
@@ -75,6 +76,8 @@ def plan_v1_2(
         The cache holds every W-th token of each request, so positions say nothing of causality.
     q_dtype, kv_dtype : str
         Short dtype names; with ``num_heads`` they decide tiling and folding.
+    tiling : HeadTiling, optional
+        How the kernel tiles query rows, when it is not one of the table's.
 
     Returns
     -------
@@ -98,7 +101,7 @@ def plan_v1_2(
         uni_seqlen_qo=uni_seqlen_qo,
     )
     q_len = 1 if topk >= 0 else max_seqlen_qo
-    tiling = head_tiling("plan_v1_2", num_heads, q_len, q_dtype, kv_dtype, profile)
+    tiling = tiling or head_tiling("plan_v1_2", num_heads, q_len, q_dtype, kv_dtype, profile)
     if topk >= 0:
         tiles = sparse_tiles(batch, topk, tiling.fold)
         rows = int(batch.q_len.sum()) * tiling.fold

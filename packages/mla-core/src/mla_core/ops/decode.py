@@ -152,6 +152,8 @@ def _check(
             raise LayoutError(
                 f"decode: kv must have {name}={planned} like the plan, got {got}; plan again"
             )
+    if request.kv_lens is not None and (device.type == "cpu" or env.flag("MLA_CHECK")):
+        _check_lengths(kv, plan)
     if (sink is not None) != ("sink" in problem.features):
         wanted = "given" if sink is None else "None"
         raise LayoutError(
@@ -171,6 +173,19 @@ def _check(
         check_tensor(
             "decode", "global_kv_lens", global_kv_lens, shape=shape, dtypes=int32, device=device
         )
+
+
+def _check_lengths(kv: PagedKV, plan: DecodePlan) -> None:
+    """Hold the caller to the promise of ``fixed_lengths`` (reads the lengths)."""
+    for name, got, planned in (
+        ("seq_lens", kv.seq_lens, plan.request.kv_lens),
+        ("query lengths in plan.qo_indptr", plan.qo_indptr.diff(), plan.request.q_lens),
+    ):
+        if tuple(got.tolist()) != planned:
+            raise LayoutError(
+                f"decode: {name} must stay as the plan's fixed_lengths promised, got others; "
+                "plan again"
+            )
 
 
 def _run(

@@ -6,7 +6,7 @@ only if a capability row accepts it, so claiming more means passing more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from mla_core import registry
 from mla_core.dims import MLADims
 from mla_core.ops import decode
-from mla_core.plan import AttentionOptions, output_dtype, plan_decode
+from mla_core.plan import AttentionOptions, DecodePlan, output_dtype, plan_decode
 from mla_core.testing.assertions import TOLERANCES, assert_close
 from mla_core.testing.cases import DecodeCase
 from mla_core.testing.poison import poison_
@@ -113,8 +113,22 @@ def decode_cases(backend: str, arch: str) -> tuple[DecodeCase, ...]:
     )
 
 
-def check_decode(backend: str, case: DecodeCase, device: torch.device | str = "cpu") -> None:
+def check_decode(
+    backend: str,
+    case: DecodeCase,
+    device: torch.device | str = "cpu",
+    *,
+    fixed_lengths: bool = False,
+    replan: Callable[[DecodePlan], DecodePlan] | None = None,
+) -> None:
     """Run one case on a backend with poisoned outputs and compare it with the truth.
+
+    Parameters
+    ----------
+    fixed_lengths : bool
+        As `mla_core.plan_decode` takes it.
+    replan : callable, optional
+        Changes the plan, to try kernels and configurations that planning would not choose.
 
     Raises
     ------
@@ -130,8 +144,10 @@ def check_decode(backend: str, case: DecodeCase, device: torch.device | str = "c
         options=case.options,
         has_sink=case.has_sink,
         num_kv_splits=case.num_kv_splits,
+        fixed_lengths=fixed_lengths,
         backend=backend,
     )
+    plan = plan if replan is None else replan(plan)
     for workspace in plan.workspace.values():
         poison_(workspace)
     dtype = output_dtype(inputs.ql_nope.dtype)
