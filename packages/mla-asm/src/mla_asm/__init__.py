@@ -1,15 +1,18 @@
-"""Instruction-tuned MLA kernels, shipped as binaries and found through checked catalogs.
+"""Hand-written MLA kernels for AMD GPUs, shipped as binaries and found through checked catalogs.
 
-This release ships the catalogs, their reader and the registration with `mla_core`; it offers no
-kernel yet, and says so through its empty capabilities.
+The backend ``asm`` of `mla_core` launches them through the HIP runtime; on a CPU they run in an
+emulator, inside `emulation` or under ``MLA_ASM_EMULATE=1``.
 """
 
 from mla_asm.__about__ import __version__
 from mla_asm.catalog import CatalogRow, hsa_root, read_catalog, read_catalogs, verified_code_object
+from mla_asm.emulator import Emulation, emulation
 
 __all__ = [
     "CatalogRow",
+    "Emulation",
     "__version__",
+    "emulation",
     "hsa_root",
     "read_catalog",
     "read_catalogs",
