@@ -190,6 +190,7 @@ def test_a_missing_catalog_is_named(tmp_path):
 def test_the_variable_replaces_the_packaged_catalogs(write, monkeypatch):
     path = write(row())
     monkeypatch.setenv("MLA_HSA_DIR", str(path.parents[2]))
+    (path.parents[2] / "src").mkdir()  # includes of the sources, no architecture
     assert hsa_root() == path.parents[2]
     assert {arch: len(rows) for arch, rows in read_catalogs().items()} == {"gfx942": 1}
 

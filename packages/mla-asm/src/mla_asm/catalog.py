@@ -47,6 +47,8 @@ from mla_core.errors import LayoutError
 from mla_core.problem import LEVELS, Verified
 
 CATALOG_NAME = "mla_asm.csv"
+#: Folder beside those of the architectures: what their sources include.
+SHARED_SOURCES = "src"
 
 COLUMNS: tuple[str, ...] = (
     "qType",
@@ -132,7 +134,11 @@ def read_catalogs(root: Path | None = None) -> dict[str, tuple[CatalogRow, ...]]
     """Read the catalog of every architecture folder below ``root``, `hsa_root` by default."""
     root = hsa_root() if root is None else root
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    return {folder.name: read_catalog(folder / "mla" / CATALOG_NAME) for folder in folders}
+    return {
+        folder.name: read_catalog(folder / "mla" / CATALOG_NAME)
+        for folder in folders
+        if folder.name != SHARED_SOURCES
+    }
 
 
 def read_catalog(path: Path) -> tuple[CatalogRow, ...]:

@@ -126,13 +126,13 @@ def runtime() -> HipRuntime:
     return HipRuntime(library_path())
 
 
-def library_path() -> str:
+def library_path(maps: Path = Path("/proc/self/maps")) -> str:
     """Return where the HIP runtime is, without loading it.
 
     A process must have one runtime: the library that is loaded already comes first, then the one
-    inside torch, then whatever the dynamic loader finds.
+    inside torch, then whatever the dynamic loader finds. ``maps`` is the kernel's list of the files
+    in this process.
     """
-    maps = Path("/proc/self/maps")
     if maps.is_file():
         for line in maps.read_text().splitlines():
             name = line.partition("/")[2]
