@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cdna_emulator.checks.findings import Finding
+from cdna_emulator.instruction import AGPR_BASE
 from cdna_emulator.memory import DeviceMemory
 from cdna_emulator.native_core import Counters, FindingRecord
 from cdna_emulator.program import Program
@@ -26,17 +27,37 @@ class _Context:
         return f"`{other.text}` at {other.address:#x}{f' ({line})' if line else ''}"
 
 
-def _register(number: int) -> str:
-    if number >= 1024:
-        return f"s{number - 1024}"
-    return f"v{number}" if number < 256 else f"a{number - 256}"
+#: How the core tells scalar registers and LDS addresses from vector registers.
+_SGPR_DETAIL, _LDS_DETAIL = 1024, 1 << 32
+#: Marks a store among the bytes of an access.
+_WRITE_DETAIL = 1 << 32
+
+
+def _place(detail: int) -> str:
+    """Name what was used before its data arrived."""
+    if detail & _LDS_DETAIL:
+        return f"LDS address {detail & (_LDS_DETAIL - 1):#x}"
+    if detail >= _SGPR_DETAIL:
+        return f"s{detail - _SGPR_DETAIL}"
+    return _vector(detail)
+
+
+def _vector(number: int) -> str:
+    return f"v{number}" if number < AGPR_BASE else f"a{number - AGPR_BASE}"
+
+
+def _access(detail: int) -> str:
+    verb = "stored" if detail & _WRITE_DETAIL else "loaded"
+    return f"{verb} {detail & (_WRITE_DETAIL - 1)} bytes"
 
 
 _WORDS: dict[int, tuple[str, Callable[[_Context], str]]] = {
     1: (
         "out_of_bounds",
-        lambda c: f"accessed {c.record.detail1 & 0xFFFFFFFF} bytes at "
-        + c.memory.describe(c.record.detail0),
+        lambda c: (
+            f"accessed {c.record.detail1 & 0xFFFFFFFF} bytes at "
+            + c.memory.describe(c.record.detail0)
+        ),
     ),
     2: (
         "lds_out_of_bounds",
@@ -44,32 +65,42 @@ _WORDS: dict[int, tuple[str, Callable[[_Context], str]]] = {
     ),
     3: (
         "missing_wait",
-        lambda c: f"used {_register(c.record.detail0)} before a wait for "
-        + c.instruction(c.record.detail1),
+        lambda c: (
+            f"used {_place(c.record.detail0)} before a wait for "
+            + c.instruction(c.record.detail1)
+        ),
     ),
     4: (
         "barrier_writes",
-        lambda c: "reached the barrier before a wait for the LDS write "
-        + c.instruction(c.record.detail0),
+        lambda c: (
+            "reached the barrier before a wait for the LDS write " + c.instruction(c.record.detail0)
+        ),
     ),
     5: (
         "lds_race",
-        lambda c: f"LDS address {c.record.detail1:#x} without a barrier since another wave's "
-        + c.instruction(c.record.detail0),
+        lambda c: (
+            f"LDS address {c.record.detail1:#x} without a barrier since another wave's "
+            + c.instruction(c.record.detail0)
+        ),
     ),
-    6: ("uninitialised_vgpr", lambda c: f"read {_register(c.record.detail0)}, never written"),
+    6: ("uninitialised_vgpr", lambda c: f"read {_vector(c.record.detail0)}, never written"),
     7: ("uninitialised_lds", lambda c: f"read LDS address {c.record.detail0:#x}, never written"),
     8: (
         "divergent_barrier",
-        lambda c: "waves of the workgroup wait at different barriers; another is "
-        + c.instruction(c.record.detail0),
+        lambda c: (
+            "waves of the workgroup wait at different barriers; another is "
+            + c.instruction(c.record.detail0)
+        ),
     ),
     9: (
         "instruction_limit",
         lambda c: f"still running after {c.record.detail0} wave-instructions of the workgroup",
     ),
     10: ("unsupported", lambda c: f"not modelled (code {c.record.detail0})"),
-    11: ("misaligned", lambda c: f"address {c.record.detail0:#x} needs a multiple of {c.record.detail1}"),
+    11: (
+        "misaligned",
+        lambda c: f"address {c.record.detail0:#x} needs a multiple of {c.record.detail1}",
+    ),
     12: (
         "scratch_out_of_bounds",
         lambda c: f"accessed {c.record.detail1} bytes at private address {c.record.detail0:#x}",
