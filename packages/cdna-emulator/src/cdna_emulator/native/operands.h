@@ -401,8 +401,8 @@ inline void write32(Wave& w, const Instruction& in, const Operand& o, const uint
 }
 
 // What a 16-bit result does to the other half of its register. Nearly all instructions write zeros
-// there, which LLVM relies on; v_mac_f16, v_fmac_f16, their forms with a literal and the mix
-// instructions keep it.
+// there, and LLVM relies on it; v_mad_{f16,u16,i16}, v_fma_f16, v_div_fixup_f16, v_fma_mix{lo,hi}_f16
+// keep it (CDNA4 ISA, 12.11), as every instruction does whose op_sel names the high half.
 enum class OtherHalf { kZero, kKeep };
 
 inline void write16(Wave& w, const Instruction& in, const Operand& o, const uint32_t* r,
@@ -440,9 +440,14 @@ inline void write_lane_mask(Wave& w, const Instruction& in, const Operand& o, ui
 
 // Bit `lane` of the result is whether flags[lane] is not 0.
 inline uint64_t gather_bits(const uint32_t* flags) {
+  typedef uint32_t Words __attribute__((ext_vector_type(8)));
+  typedef bool Bits __attribute__((ext_vector_type(8)));
   uint64_t bits = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    bits |= static_cast<uint64_t>(flags[lane] != 0) << lane;
+  for (int group = 0; group < kLanes; group += 8) {
+    Words words;
+    std::memcpy(&words, flags + group, sizeof words);
+    Bits set = __builtin_convertvector(words != 0, Bits);
+    bits |= static_cast<uint64_t>(std::bit_cast<uint8_t>(set)) << group;
   }
   return bits;
 }
