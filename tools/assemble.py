@@ -5,10 +5,10 @@
     python tools/assemble.py --check            build in memory; fail when a committed file differs
 
 The folder names the architecture. Every source may test the symbol ``GFX950`` (0 or 1) and include
-files of its own folder and of ``hsa/src``. ``<symbol>.s`` becomes ``<symbol>.co``, and the catalog
-rows that name it get its hash. Only the assembler that ``constraints/assemble.txt`` pins is
-accepted: with it the bytes depend on the sources alone. ``nox -s assemble`` installs it, checked by
-hash, and passes its arguments on.
+files of its own folder, of ``hsa/src/mla`` and of ``hsa/src``. ``<symbol>.s`` becomes
+``<symbol>.co``, and the catalog rows that name it get its hash. Only the assembler that
+``constraints/assemble.txt`` pins is accepted: with it the bytes depend on the sources alone.
+``nox -s assemble`` installs it, checked by hash, and passes its arguments on.
 """
 
 from __future__ import annotations
@@ -92,8 +92,12 @@ def architecture(source: Path) -> str:
 def build(source: Path, hsa: Path) -> bytes:
     """Assemble one source for the architecture of its folder."""
     arch = architecture(source)
+    shared = hsa / "src"
     return assemble(
-        source, arch, defines={"GFX950": int(arch == "gfx950")}, include_dirs=[hsa / "src"]
+        source,
+        arch,
+        defines={"GFX950": int(arch == "gfx950")},
+        include_dirs=[shared / source.resolve().parent.name, shared],
     )
 
 

@@ -181,10 +181,10 @@ def test_the_tool_builds_checks_and_keeps_hashes(source, tmp_path):
     hsa = tmp_path / "hsa"
     folder = hsa / "gfx942" / "mla"
     folder.mkdir(parents=True)
-    (hsa / "src").mkdir()
+    (hsa / "src" / "mla").mkdir(parents=True)
     text = source.read_text().replace("WIDE == 1", "GFX950 == 0")
     (folder / "k.s").write_text(text)
-    shutil.copy(source.with_name("part.inc"), hsa / "src")
+    shutil.copy(source.with_name("part.inc"), hsa / "src" / "mla")
     catalog = folder / "mla_asm.csv"
     catalog.write_text(f"knl_name,co_name,sha256\nk,k.co,{'0' * 64}\nother,other.co,{'1' * 64}\n")
 
