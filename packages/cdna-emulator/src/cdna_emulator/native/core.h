@@ -216,8 +216,6 @@ uint64_t code_address(const Wave& w);
 bool jump(Wave& w, uint64_t address);
 // What s_memtime reads: instructions executed so far in the workgroup.
 uint64_t clock_ticks(const Wave& w);
-// 942 or 950.
-uint32_t arch(const Wave& w);
 
 // Adds to the instruction's counters for the profile.
 void count_bytes(Wave& w, uint64_t bytes);
@@ -245,6 +243,7 @@ HandlerTable valu_float_handlers();
 HandlerTable valu_compare_handlers();
 HandlerTable valu_lane_handlers();  // readlane, writelane, permlane swaps, mov, swap, cndmask
 HandlerTable convert_handlers();    // v_cvt_*
+HandlerTable convert_scaled_handlers();  // v_cvt_scalef32_*
 HandlerTable transcendental_handlers();
 HandlerTable packed_handlers();     // v_pk_*, v_dot*, v_fma_mix*
 HandlerTable mfma_handlers();
