@@ -116,9 +116,7 @@ _ROW_BCAST = {15: 0x142, 31: 0x143}
 _DWORD = 6
 
 
-def lower(
-    program: Program, handler_index: Callable[[str], int]
-) -> ctypes.Array[NativeInstruction]:
+def lower(program: Program, handler_index: Callable[[str], int]) -> ctypes.Array[NativeInstruction]:
     """Return the program's instructions as one native array.
 
     Raises
@@ -179,7 +177,7 @@ def _fill(record: NativeInstruction, instruction: Instruction, program: Program)
         record.bank_mask = _number(modifiers, "bank_mask", 15)
     record.flags = flags
     sources = len(instruction.operands) - written
-    record.op_sel = _bits(modifiers, "op_sel")
+    record.op_sel = _op_sel(modifiers, sources)
     # Packed instructions read the high half for the high result unless told otherwise.
     record.op_sel_hi = _bits(modifiers, "op_sel_hi", (1,) * max(0, sources))
     record.neg_lo = _bits(modifiers, "neg_lo")
@@ -201,6 +199,15 @@ def _fill(record: NativeInstruction, instruction: Instruction, program: Program)
         setattr(record, name, _number(modifiers, name, -1))
     record.bitop3 = _number(modifiers, "bitop3", 0)
     record.encoding = _ENCODINGS[instruction.encoding]
+
+
+def _op_sel(modifiers: dict[str, int | tuple[int, ...]], sources: int) -> int:
+    """Return the bits of ``op_sel``; LLVM prints the destination's, bit 3, after the sources'."""
+    values = modifiers.get("op_sel", ())
+    assert isinstance(values, tuple)
+    if len(values) == sources + 1 and sources < 3:
+        return _bits({"op_sel": values[:-1]}, "op_sel") | values[-1] << 3
+    return _bits(modifiers, "op_sel")
 
 
 def _fill_operand(record: NativeOperand, operand: Operand, select: int) -> None:

@@ -56,7 +56,11 @@ _SCALAR = (
     (_SALU, "d:b32 s:b32 s:b32", "s_addc_u32 s_subb_u32", "reads_scc writes_scc"),
     (_SALU, "d:b32 s:b32 s:b32", "s_cselect_b32", "reads_scc"),
     (_SALU, "d:b64 s:b64 s:b64", "s_cselect_b64", "reads_scc"),
-    (_SALU, "d:b32 s:b32 s:b32", "s_mul_i32 s_mul_hi_{u32,i32} s_bfm_b32 s_pack_{ll,lh,hh}_b32_b16"),
+    (
+        _SALU,
+        "d:b32 s:b32 s:b32",
+        "s_mul_i32 s_mul_hi_{u32,i32} s_bfm_b32 s_pack_{ll,lh,hh}_b32_b16",
+    ),
     (_SALU, "d:b64 s:b32 s:b32", "s_bfm_b64"),
     (
         _SALU,
@@ -189,9 +193,11 @@ _VECTOR_TWO_SOURCES = (
     (_VALU, "d:pk16 s:f16 s:f16", "v_pack_b32_f16 v_cvt_pknorm_{i16,u16}_f16"),
     (_VALU, "d:pk16 s:i32 s:i32", "v_cvt_pk_{i16_i32,u16_u32}"),
     (_VALU, "d:pk16 s:f32 s:f32", "v_cvt_pk_{bf16,f16}_f32", "gfx950"),
-    (_VALU, "x:b32 s:f32 s:f32", "v_cvt_pk_{fp8,bf8}_f32"),
-    (_VALU, "x:b32 s:f32 s:b32", "v_cvt_sr_{fp8,bf8}_f32"),
-    (_VALU, "x:b32 s:f32 s:u32", "v_cvt_sr_{bf16,f16}_f32", "gfx950"),
+    # These keep the rest of the destination, which programs fill piece by piece: what it held
+    # before need not have been written, so it does not count as read.
+    (_VALU, "d:b32 s:f32 s:f32", "v_cvt_pk_{fp8,bf8}_f32"),
+    (_VALU, "d:b32 s:f32 s:b32", "v_cvt_sr_{fp8,bf8}_f32"),
+    (_VALU, "d:b32 s:f32 s:u32", "v_cvt_sr_{bf16,f16}_f32", "gfx950"),
     (_VALU, "x:f32 s:pk16 s:pk16", "v_dot2c_f32_f16 v_dot2c_i32_i16"),
     (_VALU, "x:f32 s:pk16 s:pk16", "v_dot2c_f32_bf16", "gfx950"),
     (_VALU, "x:i32 s:b32 s:b32", "v_dot4c_i32_i8 v_dot8c_i32_i4"),
@@ -211,6 +217,25 @@ _VECTOR_TWO_SOURCES = (
     (_VALU, "d:mask s:u16 s:u16", f"v_cmpx_{_COMPARE_INT}_{{i16,u16}}", "writes_exec"),
     (_VALU, "d:mask s:b64 s:b64", f"v_cmpx_{_COMPARE_INT}_{{i64,u64}}", "writes_exec"),
     (_VALU, "d:mask s:f32 s:b32", "v_cmpx_class_f32", "writes_exec"),
+)
+
+_SCALED_CONVERSIONS = (
+    # Those that write 8 or 16 bits keep the rest of the destination, as above.
+    (_VALU, "d:b32 s:f32 s:f32 s:f32", "v_cvt_scalef32_pk_{fp8,bf8,fp4}_f32", "gfx950"),
+    (_VALU, "d:b32 s:b32 s:f32", "v_cvt_scalef32_pk_{fp8,bf8,fp4}_{f16,bf16}", "gfx950"),
+    (_VALU, "d:b32 s:f32 s:u32 s:f32", "v_cvt_scalef32_sr_{fp8,bf8}_f32", "gfx950"),
+    (_VALU, "d:b32 s:b32 s:u32 s:f32", "v_cvt_scalef32_sr_{fp8,bf8}_{f16,bf16}", "gfx950"),
+    (_VALU, "d:b32 s:b64 s:u32 s:f32", "v_cvt_scalef32_sr_pk_fp4_f32", "gfx950"),
+    (_VALU, "d:b32 s:b32 s:u32 s:f32", "v_cvt_scalef32_sr_pk_fp4_{f16,bf16}", "gfx950"),
+    (_VALU, "d:b32 s:b32 s:f32", "v_cvt_scalef32_{f32,f16}_{fp8,bf8}", "gfx950"),
+    (_VALU, "d:b64 s:b32 s:f32", "v_cvt_scalef32_pk_f32_{fp8,bf8,fp4}", "gfx950"),
+    (_VALU, "d:b32 s:b32 s:f32", "v_cvt_scalef32_pk_{f16,bf16}_{fp8,bf8,fp4}", "gfx950"),
+    (_VALU, "d:b192 s:b512 s:b512 s:f32", "v_cvt_scalef32_2xpk16_{fp6,bf6}_f32", "gfx950"),
+    (_VALU, "d:b192 s:b512 s:f32", "v_cvt_scalef32_pk32_{fp6,bf6}_{f16,bf16}", "gfx950"),
+    (_VALU, "d:b192 s:b1024 s:u32 s:f32", "v_cvt_scalef32_sr_pk32_{fp6,bf6}_f32", "gfx950"),
+    (_VALU, "d:b192 s:b512 s:u32 s:f32", "v_cvt_scalef32_sr_pk32_{fp6,bf6}_{f16,bf16}", "gfx950"),
+    (_VALU, "d:b1024 s:b192 s:f32", "v_cvt_scalef32_pk32_f32_{fp6,bf6}", "gfx950"),
+    (_VALU, "d:b512 s:b192 s:f32", "v_cvt_scalef32_pk32_{f16,bf16}_{fp6,bf6}", "gfx950"),
 )
 
 _VECTOR_THREE_SOURCES = (
@@ -273,7 +298,12 @@ _MATRIX = (
         " v_mfma_f64_16x16x4_f64 v_mfma_f64_4x4x4_4b_f64",
         "ignores_exec",
     ),
-    (_MFMA, "d:b128 s:b64 s:b64 s:b128", "v_mfma_f32_{16x16x8,32x32x4}_xf32", "ignores_exec gfx942"),
+    (
+        _MFMA,
+        "d:b128 s:b64 s:b64 s:b128",
+        "v_mfma_f32_{16x16x8,32x32x4}_xf32",
+        "ignores_exec gfx942",
+    ),
     (
         _MFMA,
         "d:b128 s:b128 s:b128 s:b128",
@@ -326,7 +356,12 @@ _MEMORY = (
         " ds_wrxchg_rtn_{b32,b64}",
         "load store lds_atomic",
     ),
-    (_LDS, "s:b32 s:b32 s:b32", "ds_cmpst_{b32,b64,f32,f64} ds_mskor_{b32,b64}", "store lds_atomic"),
+    (
+        _LDS,
+        "s:b32 s:b32 s:b32",
+        "ds_cmpst_{b32,b64,f32,f64} ds_mskor_{b32,b64}",
+        "store lds_atomic",
+    ),
     (
         _LDS,
         "d:b32 s:b32 s:b32 s:b32",
@@ -393,6 +428,7 @@ _GROUPS = (
     _SCALAR,
     _VECTOR_ONE_SOURCE,
     _VECTOR_TWO_SOURCES,
+    _SCALED_CONVERSIONS,
     _VECTOR_THREE_SOURCES,
     _MATRIX,
     _MEMORY,

@@ -377,9 +377,6 @@ void half_stochastic(Wave& w, const Instruction& in) {
   write_field(w, in, result.lane, 16, in.op_sel & 8 ? 16 : 0);
 }
 
-// The step of the pseudo-random generator that stochastic rounding is fed with.
-inline uint32_t next_random(uint32_t x) { return x << 1 ^ (x >> 31 ? 197u : 0u); }
-
 const NamedHandler kHandlers[] = {
     {"v_cvt_f32_i32", to_f32<f32_of_i32>},
     {"v_cvt_f32_u32", to_f32<f32_of_u32>},

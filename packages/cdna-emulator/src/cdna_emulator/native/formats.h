@@ -177,6 +177,9 @@ inline uint32_t encode_nearest(uint32_t bits, bool saturate) {
   return code | sign;
 }
 
+// The step of the pseudo-random generator (v_prng_b32) that feeds stochastic rounding.
+constexpr uint32_t next_random(uint32_t x) { return x << 1 ^ (x >> 31 ? 197u : 0u); }
+
 // Values of all codes of a format of at most 8 bits.
 struct DecodeTable {
   float value[256];
