@@ -16,15 +16,6 @@ CODE = b"\0a code object"
 
 
 @pytest.fixture
-def notes(fake_hip):
-    """Return the fake runtime's own variables, cleared."""
-    library = ctypes.CDLL(str(fake_hip))
-    for name in ("loads", "launches", "next_error"):
-        ctypes.c_int.in_dll(library, name).value = 0
-    return library
-
-
-@pytest.fixture
 def hip(notes, fake_hip):
     return HipRuntime(str(fake_hip))
 

@@ -19,7 +19,7 @@ from mla_asm.capabilities import ARCHS
 from mla_asm.catalog import CatalogRow, verified_code_object
 from mla_asm.kernargs import Arguments, check_layout
 from mla_core import env
-from mla_core.errors import BackendUnavailableError
+from mla_core.errors import BackendUnavailableError, LayoutError
 from mla_core.logs import event
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def emulation(arch: str = "gfx942", *, schedule: str = DEFAULT_SCHEDULE) -> Iter
         See `Emulation`, which the block gets; its ``results`` grow with each launch.
     """
     if arch not in ARCHS:
-        raise BackendUnavailableError(f"emulation: arch must be {' or '.join(ARCHS)}, got {arch!r}")
+        raise LayoutError(f"emulation: arch must be {' or '.join(ARCHS)}, got {arch!r}")
     active = Emulation(arch, schedule)
     token = _ACTIVE.set(active)
     try:
