@@ -12,8 +12,13 @@ from cdna_emulator.numpy_core.state import WaveState
 
 
 def _go(state: WaveState, address: int) -> None:
-    """Continue at an address; the core turns it into an index."""
+    """Continue at an address of the code object; the core turns it into an index."""
     state.pc = address
+
+
+def _next_pc(state: WaveState, inst: Instruction) -> int:
+    """Return the device address of the instruction after this one."""
+    return state.image_base + inst.address + inst.size
 
 
 _CONDITIONS: dict[str, Callable[[WaveState], bool]] = {
@@ -40,24 +45,24 @@ for _name, _condition in _CONDITIONS.items():
 
 @handler("s_getpc_b64")
 def _getpc(state: WaveState, inst: Instruction) -> None:
-    put(state, inst, 0, inst.address + inst.size, 64)
+    put(state, inst, 0, _next_pc(state, inst), 64)
 
 
 @handler("s_setpc_b64")
 def _setpc(state: WaveState, inst: Instruction) -> None:
-    _go(state, get(state, inst, 0, 64))
+    _go(state, get(state, inst, 0, 64) - state.image_base)
 
 
 @handler("s_swappc_b64")
 def _swappc(state: WaveState, inst: Instruction) -> None:
     target = get(state, inst, 1, 64)
-    put(state, inst, 0, inst.address + inst.size, 64)
-    _go(state, target)
+    put(state, inst, 0, _next_pc(state, inst), 64)
+    _go(state, target - state.image_base)
 
 
 @handler("s_call_b64")
 def _call(state: WaveState, inst: Instruction) -> None:
-    put(state, inst, 0, inst.address + inst.size, 64)
+    put(state, inst, 0, _next_pc(state, inst), 64)
     _go(state, inst.operands[1].bits)
 
 

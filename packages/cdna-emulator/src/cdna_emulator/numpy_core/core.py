@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cdna_emulator.errors import EmulatorError, UnknownInstructionError
 from cdna_emulator.instruction import Instruction
+from cdna_emulator.native_core import Counters, FindingRecord
 from cdna_emulator.numpy_core.memory import check_supported
 from cdna_emulator.numpy_core.registry import HANDLERS
-from cdna_emulator.numpy_core.state import Memory, WaveState
+from cdna_emulator.numpy_core.state import LANES, Fault, Memory, Mode, WaveState
+from cdna_emulator.program import Program
 
-__all__ = ["HANDLERS", "run_wave", "run_workgroup", "step"]
+if TYPE_CHECKING:
+    from cdna_emulator.launch import Launch
+
+__all__ = ["HANDLERS", "run_grid", "run_wave", "run_workgroup", "step"]
 
 #: Modules that fill the table when they are imported.
 for _module in (
@@ -65,6 +74,7 @@ def run_wave(
         if state.status != "running":
             return state
         inst = instructions[state.index]
+        state.executed[state.index] += 1
         step(state, inst)
         if state.pc == _NOWHERE:
             state.index += 1
@@ -99,3 +109,89 @@ def run_workgroup(
         for wave in left:
             run_wave(instructions, wave, memory, max_instructions=max_instructions)
         left = [wave for wave in left if wave.status != "ended"]
+
+
+# --- whole launches
+
+#: Kinds of finding records, as native/core.h numbers them.
+_FAULT_KINDS = {"memory": 1, "lds": 2, "scratch": 12}
+
+
+def run_grid(program: Program, launch: Launch, max_instructions: int) -> Counters:
+    """Run every workgroup of a launch, one after another.
+
+    Returns
+    -------
+    Counters
+        How often each instruction was executed, and accesses out of bounds. Bytes and bank
+        conflicts are not counted here.
+    """
+    count = len(program.instructions)
+    counters = Counters(*(np.zeros(count, np.uint64) for _ in range(3)), [], 0, 0)
+    for number in range(math.prod(launch.grid)):
+        x, rest = number % launch.grid[0], number // launch.grid[0]
+        workgroup = (x, rest % launch.grid[1], rest // launch.grid[1])
+        waves = _start(program, launch, workgroup)
+        run_workgroup(
+            program.instructions, waves, launch.memory, max_instructions=max_instructions
+        )
+        for identifier, wave in enumerate(waves):
+            for index, times in wave.executed.items():
+                counters.executed[index] += times
+                counters.instructions += times
+            for fault in wave.faults:
+                counters.findings.append(_record(program, fault, workgroup, identifier))
+    return counters
+
+
+def _start(program: Program, launch: Launch, workgroup: tuple[int, int, int]) -> list[WaveState]:
+    """Return a workgroup's waves as they are when its first instruction executes."""
+    descriptor = launch.kernel.descriptor
+    system = [
+        value
+        for value, on in (
+            (workgroup[0], descriptor.enable_workgroup_id_x),
+            (workgroup[1], descriptor.enable_workgroup_id_y),
+            (workgroup[2], descriptor.enable_workgroup_id_z),
+        )
+        if on
+    ]
+    items = math.prod(launch.block)
+    waves = []
+    for number in range(-(-items // LANES)):
+        wave = WaveState(mode=Mode(launch.mode), lds=np.zeros(launch.lds_bytes, np.uint8))
+        wave.scratch = np.zeros((LANES, launch.kernel.private_segment_size), np.uint8)
+        wave.arch, wave.image_base = program.arch, launch.image_base
+        wave.index = program.index_of(launch.entry_address)
+        registers = [*launch.user_sgprs]
+        wave.sgpr[: len(registers)] = registers
+        first = descriptor.user_sgpr_count
+        wave.sgpr[first : first + len(system)] = system
+        item = number * LANES + np.arange(LANES)
+        x, rest = item % launch.block[0], item // launch.block[0]
+        packed = x
+        if descriptor.workitem_id_mode >= 1:
+            packed = packed | rest % launch.block[1] << 10
+        if descriptor.workitem_id_mode >= 2:
+            packed = packed | rest // launch.block[1] << 20
+        wave.vgpr[0] = packed
+        wave.exec = (1 << min(LANES, items - number * LANES)) - 1
+        waves.append(wave)
+    return waves
+
+
+def _record(
+    program: Program, fault: Fault, workgroup: tuple[int, int, int], wave: int
+) -> FindingRecord:
+    record = FindingRecord(
+        kind=_FAULT_KINDS[fault.space],
+        instruction=fault.index,
+        address=program.instructions[fault.index].address,
+        wave=wave,
+        lane=fault.lane,
+        detail0=fault.address,
+        detail1=fault.size,
+        count=1,
+    )
+    record.workgroup[:] = workgroup
+    return record

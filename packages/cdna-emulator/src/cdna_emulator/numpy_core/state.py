@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -85,9 +86,13 @@ class Mode:
 
 @dataclass(frozen=True)
 class Fault:
-    """An access outside memory; the access itself read zero or wrote nothing."""
+    """An access outside memory; the access itself read zero or wrote nothing.
+
+    ``space`` is ``memory``, ``lds`` or ``scratch``; ``index`` that of the instruction.
+    """
 
     space: str
+    index: int
     lane: int
     address: int
     size: int
@@ -107,6 +112,14 @@ class WaveState:
         Bytes of the workgroup's LDS, shared by its waves.
     scratch : array
         64 x bytes of private memory.
+    index : int
+        Of the next instruction.
+    pc : int
+        Address, in the code object, that a branch goes to; -1 after anything else.
+    image_base : int
+        Device address of the code object's address 0, which programs see in their PC.
+    executed : Counter
+        How often each instruction, by index, was executed.
     """
 
     sgpr: Array = field(default_factory=lambda: np.zeros(SGPRS, np.uint32))
@@ -118,8 +131,9 @@ class WaveState:
     memory: Memory | None = None
     arch: str = "gfx942"
     index: int = 0
-    next_index: int = 0
-    pc: int = 0
+    pc: int = -1
+    image_base: int = 0
+    executed: Counter[int] = field(default_factory=Counter)
     status: str = "running"
     clock: int = 0
     faults: list[Fault] = field(default_factory=list)
@@ -159,7 +173,7 @@ class WaveState:
 
     def fault(self, space: str, lane: int, address: int, size: int) -> None:
         """Record an access out of bounds."""
-        self.faults.append(Fault(space, lane, address, size))
+        self.faults.append(Fault(space, self.index, lane, address, size))
 
 
 def lanes_of(mask: int) -> Array:
