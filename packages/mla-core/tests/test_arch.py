@@ -26,6 +26,16 @@ def test_other_devices_are_named_by_type(device: str | torch.device):
     assert arch.arch_of(device) == str(device)
 
 
+def test_cpu_by_another_name():
+    with arch.cpu_as("gfx942"):
+        assert arch.arch_of("cpu") == "gfx942"
+        assert arch.arch_of("meta") == "meta"
+        with arch.cpu_as("gfx950"):
+            assert arch.arch_of("cpu") == "gfx950"
+        assert arch.arch_of("cpu") == "gfx942"
+    assert arch.arch_of("cpu") == "cpu"
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_cuda(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, device: str):
     monkeypatch.setattr(torch.version, "hip", None)

@@ -13,20 +13,25 @@ from __future__ import annotations
 
 import atexit
 import collections
+import importlib
 import inspect
 import os
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from cdna_emulator import triton_worker
 from cdna_emulator.errors import ArgumentError, ToolchainError
+
+if TYPE_CHECKING:
+    from cdna_emulator.launch import Result
 
 #: Specialisations of kernels kept in memory; Triton keeps all on disk as well.
 MAX_KEPT = 512
@@ -225,7 +230,7 @@ class TritonWorker:
             path.insert(0, str(self.python_path))
         environment["PYTHONPATH"] = os.pathsep.join(path)
         if self._errors is None:
-            self._errors = tempfile.TemporaryFile()
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, str(Path(triton_worker.__file__).resolve())],
             stdin=subprocess.PIPE,
@@ -300,6 +305,8 @@ class EmulatedKernel:
     options: Mapping[str, Any]
     run_options: Mapping[str, Any]
     compiler: TritonWorker
+    #: Called with the result of every launch.
+    record: Callable[[Any], None] | None = None
 
     def __getitem__(self, grid: object) -> Callable[..., Any]:
         """Return a function that launches on a grid: a tuple, or a function of the arguments."""
@@ -332,7 +339,7 @@ class EmulatedKernel:
             _scratch(compiled.global_scratch * workgroups),
             _scratch(compiled.profile_scratch * workgroups),
         ]
-        return run(
+        result = run(
             compiled.code_object,
             compiled.name,
             extent,
@@ -341,6 +348,33 @@ class EmulatedKernel:
             arch=self.arch,
             **self.run_options,
         )
+        if self.record is not None:
+            self.record(result)
+        return result
+
+
+@contextmanager
+def replaced(
+    arch: str,
+    *kernels: str,
+    checks: str | Iterable[str] = "all",
+    schedule: str = "round_robin:64",
+    triton: str | os.PathLike[str] | None = None,
+) -> Iterator[list[Result]]:
+    """Put emulated kernels in the place of jitted ones, ``"package.module:name"``, in a block.
+
+    For launchers that look their kernel up in its module when they launch. The block gets a list
+    that grows by the result of each launch.
+    """
+    results: list[Result] = []
+    with ExitStack() as undo:
+        for where in kernels:
+            emulated = emulate(where, arch, checks=checks, schedule=schedule, triton=triton)
+            module, _, name = where.partition(":")
+            owner = importlib.import_module(module)
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replace(emulated, record=results.append))
+        yield results
 
 
 def locate(kernel: object) -> tuple[str, str]:

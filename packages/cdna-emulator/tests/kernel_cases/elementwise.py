@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from kernel_cases.case import Launch, case, integers, normal, uniform, unset
 
 F8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -88,7 +89,8 @@ def library(rng, arch, dtype):
     o, d, e = unset(12, 200, dtype=dtype), x.double(), y.double()
     want = torch.stack(
         [d.tanh(), d**e, torch.atan2(d, e), d.expm1(), d.log1p(), torch.fmod(d, e), d.round(),
-         (x / 8).double().acos(), d.cosh(), torch.hypot(d, e), d.trunc() * e.round(), (x / 8).double().tan()]
+         (x / 8).double().acos(), d.cosh(), torch.hypot(d, e), d.trunc() * e.round(),
+         (x / 8).double().tan()]
     )  # fmt: skip
     return Launch((1,), (x, y, o, 200, 256), expect=((o, want, 4e-6 if dtype == F32 else 1e-13),))
 
@@ -230,7 +232,9 @@ def inline_assembly(rng, arch):
     a_bytes = [value.to_bytes(4, "little") for value in a.tolist()]
     b_bytes = [value.to_bytes(4, "little") for value in b.tolist()]
     # Selectors 0..3 name bytes of the second source, 4..7 of the first.
-    mixed = [bytes([(y + x)[s] for s in (0, 5, 2, 7)]) for x, y in zip(a_bytes, b_bytes)]
+    mixed = [
+        bytes([(y + x)[s] for s in (0, 5, 2, 7)]) for x, y in zip(a_bytes, b_bytes, strict=True)
+    ]
     sums = [
         5 + sum(abs(p - q) for p, q in zip(x, y, strict=True))
         for x, y in zip(a_bytes, b_bytes, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from kernel_cases.case import Launch, case, integers, normal, unset
 
 F16, BF16, F32, I8 = torch.float16, torch.bfloat16, torch.float32, torch.int8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from kernel_cases.case import Launch, case, integers, normal, unset
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -16,7 +17,7 @@ def product(a, b, out_dtype=F32, precision=None, tolerance=1e-5, shape=(64, 64, 
     m, k = a.shape
     n = b.shape[1]
     c = unset(m, n, dtype=out_dtype)
-    block_m, block_n, block_k = shape
+    block_m, block_n, _ = shape
     grid = (-(-m // block_m), -(-n // block_n))
     wide = torch.float64 if a.is_floating_point() else torch.int64
     want = (a.to(wide) @ b.to(wide)).to(out_dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from kernel_cases.case import Launch, case, integers, normal, unset
 
 WIDTHS = (torch.int8, torch.float16, torch.float32, torch.int64)

@@ -147,7 +147,7 @@ def collatz(x_ptr, o_ptr, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + tl.program_id(0))
     steps = 0
     while x != 1:
-        if x % 2 == 0:
+        if x % 2 == 0:  # noqa: SIM108
             x = x // 2
         else:
             x = 3 * x + 1
