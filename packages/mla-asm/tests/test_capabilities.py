@@ -83,7 +83,7 @@ def test_emulated_rows_are_named_only_and_listed_once(make_row):
         make_row(arch="gfx950", verified=(Verified("gfx950", *proof(EMULATED)),)),
         make_row(arch="gfx950", symbol="another"),
     ]
-    *native, shared, other = capabilities(rows)
+    shared, other, *native = capabilities(rows)
     assert [(row.kernel, row.archs, row.automatic) for row in native] == [
         ("mla_decode_bf16_m16", {"gfx942"}, True),
         ("mla_decode_bf16_m16", {"gfx950"}, True),

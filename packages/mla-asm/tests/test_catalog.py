@@ -202,6 +202,7 @@ def test_a_wrong_variable_is_named(tmp_path, monkeypatch):
 
 
 def test_an_installation_without_catalogs_says_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLA_HSA_DIR", raising=False)
     monkeypatch.setattr("mla_asm.catalog._PACKAGED", tmp_path / "a")
     monkeypatch.setattr("mla_asm.catalog._CHECKOUT", tmp_path / "b")
     with pytest.raises(LayoutError, match="reinstall mla-asm or set MLA_HSA_DIR"):

@@ -43,7 +43,8 @@ def run(inputs, plan, **arguments):
 
 
 def check(got, inputs):
-    assert_close(got[0], inputs.expected_out, what="out")
+    # Whatever the dtype of the output, the kernel rounds its probabilities to bf16.
+    assert_close(got[0], inputs.expected_out, what="out", dtype="bf16")
     assert_close(got[1], inputs.expected_lse, what="lse", tolerance=TOLERANCES["fp16"])
 
 

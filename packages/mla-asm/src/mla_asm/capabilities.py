@@ -57,10 +57,14 @@ def capability(row: CatalogRow) -> Capability:
 
 
 def capabilities(rows: Iterable[CatalogRow]) -> tuple[Capability, ...]:
-    """Derive the capabilities of all rows: on their architecture, then emulated on the CPU."""
+    """Derive the capabilities of all rows: emulated on the CPU, then on their architecture.
+
+    The emulated ones come first because the first of equally close rows gives the reason when none
+    fits: on a CPU that should be that the backend must be named, not that the CPU is no GPU.
+    """
     native = [capability(row) for row in rows]
     # Equal rows of two architectures are one on the CPU: MLA_ASM_EMULATE says which is emulated.
-    return (*native, *dict.fromkeys(map(_emulated, native)))
+    return (*dict.fromkeys(map(_emulated, native)), *native)
 
 
 def _emulated(row: Capability) -> Capability:
