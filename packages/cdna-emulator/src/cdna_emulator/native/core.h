@@ -240,6 +240,7 @@ HandlerTable salu_handlers();
 HandlerTable control_handlers();  // branches, s_waitcnt (a no-op here: the machine acts on it)...
 HandlerTable valu_integer_handlers();
 HandlerTable valu_float_handlers();
+HandlerTable valu_division_handlers();  // v_div_scale, v_div_fmas, v_div_fixup
 HandlerTable valu_compare_handlers();
 HandlerTable valu_lane_handlers();  // readlane, writelane, permlane swaps, mov, swap, cndmask
 HandlerTable convert_handlers();    // v_cvt_*

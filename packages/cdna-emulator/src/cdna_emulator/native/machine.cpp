@@ -17,7 +17,7 @@ const std::vector<NamedHandler>& all_handlers() {
     std::vector<NamedHandler> rows;
     for (HandlerTable table :
          {salu_handlers(), control_handlers(), valu_integer_handlers(), valu_float_handlers(),
-          valu_compare_handlers(), valu_lane_handlers(), convert_handlers(),
+          valu_division_handlers(), valu_compare_handlers(), valu_lane_handlers(), convert_handlers(),
           convert_scaled_handlers(), transcendental_handlers(), packed_handlers(), mfma_handlers(),
           scalar_memory_handlers(), global_handlers(), buffer_handlers(), lds_handlers()}) {
       rows.insert(rows.end(), table.rows, table.rows + table.count);
