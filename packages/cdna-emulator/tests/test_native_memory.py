@@ -343,9 +343,8 @@ def as_register(raw: bytes, is_signed: bool, half: int) -> list[int]:
 
 def as_bytes(vgpr: Array, first: int, lane: int, size: int, half: int) -> bytes:
     """Return the bytes that a store of a lane writes."""
-    raw = b"".join(
-        int(vgpr[first + i, lane]).to_bytes(4, "little") for i in range(max(1, size // 4))
-    )
+    dwords = vgpr[first : first + max(1, size // 4), lane]
+    raw = np.ascontiguousarray(dwords).tobytes()
     return raw[2 : 2 + size] if half == 2 else raw[:size]
 
 
@@ -564,8 +563,10 @@ def test_atomics_add_up(seed: int) -> None:
 
 
 FLOAT_CORNERS = {
-    32: [0, 0x80000000, 1, 0x80000001, 0x007FFFFF, 0x00800000, 0x7F800000, 0xFF800000, 0x7FC01234]
-    + [0x7F801234, 0x7F7FFFFF, 0x3F800000, 0xBF800000],
+    32: [
+        *(0, 0x80000000, 1, 0x80000001, 0x007FFFFF, 0x00800000, 0x7F800000, 0xFF800000),
+        *(0x7FC01234, 0x7F801234, 0x7F7FFFFF, 0x3F800000, 0xBF800000),
+    ],
     64: [0, 1 << 63, 1, 0x7FF << 52, 0xFFF << 52, 0x7FF8 << 48 | 5, 0x7FF << 52 | 5, 0x3FF << 52],
     16: [0, 0x8000, 1, 0x8001, 0x7C00, 0xFC00, 0x7E12, 0x7C12, 0x7BFF, 0x3C00, 0xBC00, 0x0400],
 }
@@ -674,7 +675,8 @@ def float_result(text: str, old: int, first: int, second: int, flush: bool) -> i
         return add64(old, first)
     if "add" in text:
         return add32(old, first, flush or not text.startswith("ds_"))
-    return choose(old, first, 64 if "f64" in text else 32, "max" in text, flush)
+    is_flushed = flush and text.startswith("ds_")
+    return choose(old, first, 64 if "f64" in text else 32, "max" in text, is_flushed)
 
 
 @pytest.mark.parametrize("mode", [FLUSH_NOTHING, FLUSH_ALL])
@@ -687,9 +689,8 @@ def test_float_atomic(seed: int, text: str, mode: int) -> None:
     target = setup.lds if is_lds else setup.bytes
     corners = FLOAT_CORNERS[bits]
     if "pk_add" in text:
-        corners = [
-            a | b << 16 for a, b in zip(FLOAT_CORNERS[16], FLOAT_CORNERS[16][::-1], strict=True)
-        ]
+        halves = FLOAT_CORNERS[16]
+        corners = [low | high << 16 for low, high in zip(halves, halves[::-1], strict=True)]
     picks = setup.rng.integers(0, len(corners), (3, 64))
     wanted, expected = target.copy(), {}
     for lane in range(64):
