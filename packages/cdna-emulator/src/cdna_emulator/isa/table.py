@@ -217,6 +217,8 @@ _VECTOR_TWO_SOURCES = (
     (_VALU, "d:mask s:u16 s:u16", f"v_cmpx_{_COMPARE_INT}_{{i16,u16}}", "writes_exec"),
     (_VALU, "d:mask s:b64 s:b64", f"v_cmpx_{_COMPARE_INT}_{{i64,u64}}", "writes_exec"),
     (_VALU, "d:mask s:f32 s:b32", "v_cmpx_class_f32", "writes_exec"),
+    (_VALU, "d:mask s:f16 s:b32", "v_cmpx_class_f16", "writes_exec"),
+    (_VALU, "d:mask s:f64 s:b32", "v_cmpx_class_f64", "writes_exec"),
 )
 
 _SCALED_CONVERSIONS = (
@@ -263,7 +265,7 @@ _VECTOR_THREE_SOURCES = (
     ),
     (_VALU, "d:b32 s:b32 s:b32 s:b32", "v_bitop3_{b32,b16} v_ashr_pk_{i8,u8}_i32", "gfx950"),
     (_VALU, "d:b64 s:b64 s:b32 s:b64", "v_lshl_add_u64"),
-    (_VALU, "d:u16 s:u16 s:u16 s:u16", "v_{min3,max3,med3}_{i16,u16} v_mad_{i16,u16}"),
+    (_VALU, "d:u16 s:u16 s:u16 s:u16", "v_{min3,max3,med3}_{i16,u16} v_mad_{i16,u16,legacy_u16}"),
     (_VALU, "d:u32 s:u16 s:u16 s:u32", "v_mad_{u32_u16,i32_i16}"),
     (_VALU, "d:b32 s:f32 s:b32 s:b32", "v_cvt_pk_u8_f32"),
     (_VALU, "d:b64 d:mask s:b32 s:b32 s:b64", "v_mad_{u64_u32,i64_i32}"),
@@ -282,8 +284,9 @@ _VECTOR_THREE_SOURCES = (
     (_VALU, "d:f32 s:pk16 s:pk16 s:f32", "v_dot2_f32_bf16", "gfx950"),
     (_VALU, "d:i32 s:pk16 s:pk16 s:i32", "v_dot2_{i32_i16,u32_u16}"),
     (_VALU, "d:i32 s:b32 s:b32 s:i32", "v_dot4_{i32_i8,u32_u8} v_dot8_{i32_i4,u32_u4}"),
-    (_VALU, "d:f32 s:f16 s:f16 s:f32", "v_fma_mix_f32 v_mad_mix_f32"),
-    (_VALU, "x:f16 s:f16 s:f16 s:f32", "v_fma_mix{lo,hi}_f16 v_mad_mix{lo,hi}_f16"),
+    # op_sel_hi says which sources are f16 halves of a register; constants are f32.
+    (_VALU, "d:f32 s:f32 s:f32 s:f32", "v_fma_mix_f32 v_mad_mix_f32"),
+    (_VALU, "x:f16 s:f32 s:f32 s:f32", "v_fma_mix{lo,hi}_f16 v_mad_mix{lo,hi}_f16"),
 )
 
 _MATRIX = (
