@@ -18,7 +18,7 @@ kv_indptr             i32 [batch + 1] prefix sums of pages
 kv_page_indices       i32 page ids; one outside 0..num_cache_pages - 1 hides the page's tokens
 kv_last_page_len      i32 [batch]
 work_indptr           i32 [num_workers + 1]; persistent kernels only
-work_info             i32 [num_works, 8], columns of `mla_core.metadata.worklist`
+work_info             i32 [num_works, 8], as `mla_core.metadata` plans it
 page_stride           bytes from page to page of ``kv``
 token_stride          bytes from token to token inside a page
 sm_scale_log2         softmax scale times log2(e)

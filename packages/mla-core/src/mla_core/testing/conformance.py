@@ -126,7 +126,7 @@ def check_decode(
     Parameters
     ----------
     fixed_lengths : bool
-        As `mla_core.plan_decode` takes it.
+        As ``mla_core.plan_decode`` takes it.
     replan : callable, optional
         Changes the plan, to try kernels and configurations that planning would not choose.
 
