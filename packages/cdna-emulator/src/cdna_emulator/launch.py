@@ -7,10 +7,10 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,11 +139,16 @@ def run(
     if not isinstance(code_object, CodeObject):
         code_object = _read(_content(code_object))
     if arch is not None and arch != code_object.arch:
-        raise ArgumentError(f"run: arch must be that of the code object, {code_object.arch}, got {arch}")
+        raise ArgumentError(
+            f"run: arch must be that of the code object, {code_object.arch}, got {arch}"
+        )
     order, wanted = Schedule.parse(schedule), _checks(checks)
     chosen = code_object.kernel(kernel)
-    program, native = _programs(code_object, chosen.name)
-    launch = _prepare(code_object, chosen, _extent("grid", grid), _extent("block", block), args, dynamic_lds)
+    loaded = _load(code_object, chosen.name)
+    program = loaded.program
+    launch = _prepare(
+        code_object, chosen, _extent("grid", grid), _extent("block", block), args, dynamic_lds
+    )
     started = time.perf_counter()
     if core == "numpy":
         if wanted or order.kind != "run_to_barrier" or order.late_dma:
@@ -152,13 +157,13 @@ def run(
             )
         counters = run_grid(program, launch, max_instructions)
     elif core == "native":
-        counters = _run_native(native(), launch, order, wanted, threads, max_instructions)
+        counters = _run_native(loaded.native, launch, order, wanted, threads, max_instructions)
     else:
         raise ArgumentError(f"run: core must be native or numpy, got {core!r}")
     seconds = time.perf_counter() - started
     findings = describe(program, launch.memory, counters)
     if "hazards" in wanted:
-        findings += find_hazards(program)
+        findings += loaded.hazards
     if findings and strict:
         raise CheckError(findings)
     profile = Profile(program, counters.executed, counters.bytes, counters.bank_cycles)
@@ -174,28 +179,39 @@ def _read(data: bytes) -> CodeObject:
     return CodeObject.read(data)
 
 
-_PROGRAMS: dict[tuple[int, str], tuple[CodeObject, Program, NativeProgram | None]] = {}
-_PROGRAMS_LOCK = threading.Lock()
-_PROGRAMS_KEPT = 256
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """A kernel's program, and what is worked out of it once for all its runs."""
+
+    code_object: CodeObject
+    program: Program
+
+    @cached_property
+    def native(self) -> NativeProgram:
+        """The program as the native core takes it."""
+        return NativeProgram(self.program)
+
+    @cached_property
+    def hazards(self) -> tuple[Finding, ...]:
+        """Wait states that are missing, whatever the arguments."""
+        return tuple(find_hazards(self.program))
 
 
-def _programs(code_object: CodeObject, name: str) -> tuple[Program, Callable[[], NativeProgram]]:
-    """Return a kernel's program and a maker of its lowered form, both kept for later runs."""
+_LOADED: dict[tuple[int, str], _Loaded] = {}
+_LOADED_LOCK = threading.Lock()
+_LOADED_KEPT = 256
+
+
+def _load(code_object: CodeObject, name: str) -> _Loaded:
+    """Return a kernel's program, kept for later runs of the same code object."""
     key = (id(code_object), name)
-    with _PROGRAMS_LOCK:
-        kept = _PROGRAMS.get(key)
-        if kept is None or kept[0] is not code_object:
-            while len(_PROGRAMS) >= _PROGRAMS_KEPT:
-                del _PROGRAMS[next(iter(_PROGRAMS))]
-            kept = _PROGRAMS[key] = (code_object, load_program(code_object, name), None)
-
-    def native() -> NativeProgram:
-        with _PROGRAMS_LOCK:
-            lowered = kept[2] or NativeProgram(kept[1])
-            _PROGRAMS[key] = (code_object, kept[1], lowered)
-        return lowered
-
-    return kept[1], native
+    with _LOADED_LOCK:
+        kept = _LOADED.get(key)
+        if kept is None or kept.code_object is not code_object:
+            while len(_LOADED) >= _LOADED_KEPT:
+                del _LOADED[next(iter(_LOADED))]
+            kept = _LOADED[key] = _Loaded(code_object, load_program(code_object, name))
+    return kept
 
 
 def _checks(checks: str | Iterable[str]) -> frozenset[str]:
@@ -248,9 +264,7 @@ def _prepare(
     kernarg_address = memory.map_bytes("the kernel's arguments", kernarg)
     image_base = _map_image(code_object, memory)
     sgprs, entry = _user_sgprs(kernel, kernarg, kernarg_address, memory, grid, block)
-    return Launch(
-        kernel, memory, image_base, sgprs, entry, _mode(kernel), grid, block, lds_bytes
-    )
+    return Launch(kernel, memory, image_base, sgprs, entry, _mode(kernel), grid, block, lds_bytes)
 
 
 def _map_image(code_object: CodeObject, memory: DeviceMemory) -> int:
