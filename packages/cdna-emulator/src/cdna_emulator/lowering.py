@@ -178,8 +178,10 @@ def _fill(record: NativeInstruction, instruction: Instruction, program: Program)
     record.flags = flags
     sources = len(instruction.operands) - written
     record.op_sel = _op_sel(modifiers, sources)
-    # Packed instructions read the high half for the high result unless told otherwise.
-    record.op_sel_hi = _bits(modifiers, "op_sel_hi", (1,) * max(0, sources))
+    # Packed instructions read the high half for the high result unless told otherwise; for the
+    # mixed-precision ones the bits say which sources are f16, and LLVM leaves zeros out.
+    default = 0 if "_mix" in instruction.mnemonic else 1
+    record.op_sel_hi = _bits(modifiers, "op_sel_hi", (default,) * max(0, sources))
     record.neg_lo = _bits(modifiers, "neg_lo")
     record.neg_hi = _bits(modifiers, "neg_hi")
     if "neg" in modifiers:  # matrix instructions on f64 negate through blgp

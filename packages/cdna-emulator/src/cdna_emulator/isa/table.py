@@ -148,7 +148,7 @@ _VECTOR_ONE_SOURCE = (
     (_VALU, "d:i16 s:f16", "v_cvt_u16_f16 v_cvt_i16_f16 v_cvt_norm_{i16,u16}_f16"),
     (_VALU, "d:f32 s:b32", "v_cvt_f32_{fp8,bf8} v_cvt_off_f32_i4"),
     (_VALU, "d:b64 s:b32", "v_cvt_pk_f32_{fp8,bf8}"),
-    (_VALU, "d:b32 s:i16", "v_sat_pk_u8_i16"),
+    (_VALU, "d:b32 s:b32", "v_sat_pk_u8_i16"),
     (_VALU, "d:b32 s:b32", "v_prng_b32", "gfx950"),
 )
 

@@ -2,8 +2,8 @@
 // mixed-precision multiply-adds.
 //
 // op_sel bit k names the half of source k that the low result reads, op_sel_hi the half for the
-// high result; neg_lo and neg_hi negate the same halves. A constant has its value in the low half
-// (an integer's sign fills the high one).
+// high result; neg_lo and neg_hi flip the sign bits of the same halves. A constant has its value in
+// the low half (an integer's sign fills the high one).
 //
 // Source: AMD CDNA3 and CDNA4 ISA documents, VOP3P instructions and V_DOT*C of VOP2.
 #include <utility>
@@ -57,7 +57,7 @@ void put_halves(Wave& w, const Instruction& in, const Lanes& low, const Lanes& h
 template <int N, auto F, auto Saturating>
 void packed_integers(Wave& w, const Instruction& in) {
   Words<N> words(w, in);
-  Halves<N> low(words.s, in.op_sel, 0), high(words.s, in.op_sel_hi, 0);
+  Halves<N> low(words.s, in.op_sel, in.neg_lo), high(words.s, in.op_sel_hi, in.neg_hi);
   Lanes low_result, high_result;
   if (in.flags & kClamp) {
     apply_lanes<N, Saturating, u32>(low.s, low_result.lane);
@@ -178,7 +178,8 @@ u32 high_select(const Instruction& in) {
 
 float bf16_to_float(u32 x) { return as_float(x << 16); }
 
-// Products of two f16 or bf16 are exact in f32; the sums round one after the other.
+// Products of two f16 or bf16 are exact in f32; the sums round to nearest one after the other.
+// Denormals of f32 are flushed whatever MODE says, which LLVM knows of v_dot2_f32_f16.
 constexpr auto kSummandFirst = [](float a, float b, float c) { return c + a + b; };
 constexpr auto kSummandLast = [](float a, float b, float c) { return a + b + c; };
 
@@ -195,14 +196,13 @@ void dot_floats(Wave& w, const Instruction& in) {
     products[1].lane[lane] = as_bits(Convert(high.s[0][lane]) * Convert(high.s[1][lane]));
   }
   for (Lanes& product : products) {
-    for (u32& x : product.lane) x = w.mode.flush_inputs32 ? flush32(x) : x;
+    for (u32& x : product.lane) x = flush32(x);
   }
   Lanes flushed;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    flushed.lane[lane] = w.mode.flush_inputs32 ? flush32(summand[lane]) : summand[lane];
-  }
+  for (int lane = 0; lane < kLanes; ++lane) flushed.lane[lane] = flush32(summand[lane]);
   const u32* s[3] = {products[0].lane, products[1].lane, flushed.lane};
-  arithmetic_f32<3, Sum>(w.mode, s, result.lane);
+  arithmetic_f32<3, Sum>(Mode{}, s, result.lane);
+  for (u32& x : result.lane) x = flush32(x);
   finish_f32(w, in, result.lane);
   write32(w, in, in.op[0], result.lane);
 }
@@ -240,7 +240,8 @@ void dot_halves(Wave& w, const Instruction& in) {
   const u32* words[2];
   for (int k = 0; k < 2; ++k) words[k] = fetch32(w, in, in.op[1 + k], k, buffer[k]);
   const u32* summand = fetch_summand<Accumulate>(w, in, summand_buffer);
-  Halves<2> low(words, low_select<Accumulate>(in), 0), high(words, high_select<Accumulate>(in), 0);
+  Halves<2> low(words, low_select<Accumulate>(in), in.neg_lo);
+  Halves<2> high(words, high_select<Accumulate>(in), in.neg_hi);
   bool clamp = in.flags & kClamp;
   for (int lane = 0; lane < kLanes; ++lane) {
     i64 sum = Signed ? i64{static_cast<int32_t>(summand[lane])} : i64{summand[lane]};

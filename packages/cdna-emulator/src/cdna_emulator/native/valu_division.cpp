@@ -6,9 +6,10 @@
 // takes that power back; v_div_fixup puts in the sign and the special cases.
 //
 // Source: AMD CDNA3 and CDNA4 ISA documents. They differ from what makes divisions come out right
-// in two places, where this file does the latter: a denominator whose reciprocal is denormal is
-// scaled down also where the quotient is denormal, and v_div_fmas multiplies by 2^64 (2^128 for
-// f64) or divides by it, depending on which side of 1 the estimate lies.
+// in three places, where this file does the latter: a denominator whose reciprocal is denormal is
+// scaled down also where the quotient is denormal; v_div_fmas multiplies by 2^64 (2^128 for f64) or
+// divides by it, depending on which side of 1 the estimate lies; and v_div_fixup takes a quotient
+// that is NaN, while numerator and denominator are finite, for one that overflowed in a step.
 #include "floats.h"
 
 namespace cdna {
@@ -127,6 +128,13 @@ typename F::Bits underflow(bool negative, uint8_t round) {
   return (negative ? F::kSign : 0) | (away ? 1 : 0);
 }
 
+// What an overflowing quotient rounds to.
+template <class F>
+typename F::Bits overflow(bool negative, uint8_t round) {
+  bool inward = round == 3 || round == (negative ? 1 : 2);
+  return (negative ? F::kSign : 0) | (F::kInfinity - (inward ? 1 : 0));
+}
+
 template <class F>
 typename F::Bits fix_up(typename F::Bits quotient, typename F::Bits denominator,
                         typename F::Bits numerator, uint8_t round) {
@@ -143,6 +151,7 @@ typename F::Bits fix_up(typename F::Bits quotient, typename F::Bits denominator,
     int difference = exponent_field<F>(numerator) - exponent_field<F>(denominator);
     if (difference < -Scaling<F>::kUnderflow) return underflow<F>(negative, round);
   }
+  if (is_nan<F>(quotient)) return overflow<F>(negative, round);
   return sign | magnitude<F>(quotient);
 }
 

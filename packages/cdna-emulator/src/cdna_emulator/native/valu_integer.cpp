@@ -88,8 +88,8 @@ u32 sum_of_byte_differences(u32 a, u32 b) {
 }
 
 // Bytes whose reference, in the second source, is zero do not count.
-u32 masked_sum_of_byte_differences(u32 a, u32 b, u32 c) {
-  u32 sum = c;
+u32 masked_sum_of_byte_differences(u32 a, u32 b) {
+  u32 sum = 0;
   for (int byte = 0; byte < 4; ++byte) {
     u32 reference = b >> (8 * byte) & 0xff;
     sum += reference ? difference(a >> (8 * byte) & 0xff, reference) : 0;
@@ -313,6 +313,14 @@ constexpr auto kMadSigned16 = [](u32 a, u32 b, u32 c) {
   i64 sum = i64{signed16(a)} * signed16(b) + signed16(c);
   return u32(sum > INT16_MAX ? INT16_MAX : sum < INT16_MIN ? INT16_MIN : sum);
 };
+constexpr auto kMulSigned24 = [](u32 a, u32 b) { return u32(i64{signed24(a)} * signed24(b)); };
+constexpr auto kMulSigned24Clamped = [](u32 a, u32 b) {
+  return clamp_signed32(i64{signed24(a)} * signed24(b));
+};
+constexpr auto kMulUnsigned24 = [](u32 a, u32 b) { return unsigned24(a) * unsigned24(b); };
+constexpr auto kMulUnsigned24Clamped = [](u32 a, u32 b) {
+  return clamp_unsigned32(i64{unsigned24(a)} * unsigned24(b));
+};
 constexpr auto kMadSigned24 = [](u32 a, u32 b, u32 c) {
   return u32(i64{signed24(a)} * signed24(b)) + c;
 };
@@ -330,6 +338,12 @@ constexpr auto kMinUnsigned = [](u32 a, u32 b) { return a < b ? a : b; };
 constexpr auto kMaxUnsigned = [](u32 a, u32 b) { return a >= b ? a : b; };
 constexpr auto kMinSigned16 = [](u32 a, u32 b) { return signed16(a) < signed16(b) ? a : b; };
 constexpr auto kMaxSigned16 = [](u32 a, u32 b) { return signed16(a) >= signed16(b) ? a : b; };
+
+// The difference of the first two sources plus the third.
+template <auto F>
+constexpr Handler sum_differences =
+    clamped32<3, [](u32 a, u32 b, u32 c) { return F(a, b) + c; },
+              [](u32 a, u32 b, u32 c) { return clamp_unsigned32(i64{F(a, b)} + c); }>;
 
 template <auto F>
 constexpr auto kOfThree = [](u32 a, u32 b, u32 c) { return F(F(a, b), c); };
@@ -363,11 +377,10 @@ constexpr NamedHandler kRows[] = {
     {"v_mul_lo_u32", lanewise32<2, [](u32 a, u32 b) { return a * b; }>},
     {"v_mul_hi_u32", lanewise32<2, [](u32 a, u32 b) { return u64{a} * b >> 32; }>},
     {"v_mul_hi_i32", lanewise32<2, [](u32 a, u32 b) { return i64{i32(a)} * i32(b) >> 32; }>},
-    {"v_mul_i32_i24",
-     lanewise32<2, [](u32 a, u32 b) { return i64{signed24(a)} * signed24(b); }>},
+    {"v_mul_i32_i24", clamped32<2, kMulSigned24, kMulSigned24Clamped>},
     {"v_mul_hi_i32_i24",
      lanewise32<2, [](u32 a, u32 b) { return i64{signed24(a)} * signed24(b) >> 32; }>},
-    {"v_mul_u32_u24", lanewise32<2, [](u32 a, u32 b) { return unsigned24(a) * unsigned24(b); }>},
+    {"v_mul_u32_u24", clamped32<2, kMulUnsigned24, kMulUnsigned24Clamped>},
     {"v_mul_hi_u32_u24",
      lanewise32<2, [](u32 a, u32 b) { return u64{unsigned24(a)} * unsigned24(b) >> 32; }>},
     {"v_bcnt_u32_b32", lanewise32<2, [](u32 a, u32 b) { return u32(std::popcount(a)) + b; }>},
@@ -433,16 +446,16 @@ constexpr NamedHandler kRows[] = {
     {"v_mad_u32_u24", clamped32<3, kMadUnsigned24, kMadUnsigned24Clamped>},
     {"v_mad_u16", multiply_add16<kMad16, kMadUnsigned16>},
     {"v_mad_i16", multiply_add16<kMad16, kMadSigned16>},
+    {"v_mad_legacy_u16", clamped16<3, kMad16, kMadUnsigned16>},
     {"v_mad_u32_u16", multiply_add_16_to_32<false>},
     {"v_mad_i32_i16", multiply_add_16_to_32<true>},
-    {"v_sad_u8", lanewise32<3, [](u32 a, u32 b, u32 c) { return sum_of_byte_differences(a, b) + c; }>},
-    {"v_sad_hi_u8",
-     lanewise32<3, [](u32 a, u32 b, u32 c) { return (sum_of_byte_differences(a, b) << 16) + c; }>},
-    {"v_sad_u16", lanewise32<3, [](u32 a, u32 b, u32 c) {
-       return difference(a & 0xffff, b & 0xffff) + difference(a >> 16, b >> 16) + c;
+    {"v_sad_u8", sum_differences<sum_of_byte_differences>},
+    {"v_sad_hi_u8", sum_differences<[](u32 a, u32 b) { return sum_of_byte_differences(a, b) << 16; }>},
+    {"v_sad_u16", sum_differences<[](u32 a, u32 b) {
+       return difference(a & 0xffff, b & 0xffff) + difference(a >> 16, b >> 16);
      }>},
-    {"v_sad_u32", lanewise32<3, [](u32 a, u32 b, u32 c) { return difference(a, b) + c; }>},
-    {"v_msad_u8", lanewise32<3, masked_sum_of_byte_differences>},
+    {"v_sad_u32", sum_differences<difference>},
+    {"v_msad_u8", sum_differences<masked_sum_of_byte_differences>},
     {"v_lerp_u8", lanewise32<3, average_bytes>},
     {"v_bitop3_b32", bit_operation3<false>},
     {"v_bitop3_b16", bit_operation3<true>},

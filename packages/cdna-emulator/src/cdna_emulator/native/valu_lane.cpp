@@ -34,11 +34,12 @@ void conditional_mask(Wave& w, const Instruction& in) {
   write32(w, in, in.op[0], result.lane);
 }
 
-// The f16 halves of two sources side by side.
+// The f16 halves of two sources side by side. Denormals are flushed where MODE says so, like those
+// of arithmetic; LLVM uses the instruction on values only that went through arithmetic.
 void pack_halves(Wave& w, const Instruction& in) {
   Lanes a_buffer, b_buffer, result;
-  const u32* a = fetch_f16_bits(w, in, in.op[1], 0, a_buffer);
-  const u32* b = fetch_f16_bits(w, in, in.op[2], 1, b_buffer);
+  const u32* a = fetch_f16(w, in, in.op[1], 0, a_buffer);
+  const u32* b = fetch_f16(w, in, in.op[2], 1, b_buffer);
   for (int lane = 0; lane < kLanes; ++lane) result.lane[lane] = a[lane] | b[lane] << 16;
   write32(w, in, in.op[0], result.lane);
 }
