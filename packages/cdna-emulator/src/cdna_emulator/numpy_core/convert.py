@@ -11,14 +11,15 @@ from cdna_emulator.numpy_core import rounding
 from cdna_emulator.numpy_core.formats import (
     EIGHT_BIT,
     Format,
-    bf16_to_float,
     decode,
     encode,
     float_to_bf16,
 )
 from cdna_emulator.numpy_core.operands import (
     bits,
+    destination_high,
     flush32,
+    insert,
     modify_output,
     raw,
     read,
@@ -28,7 +29,6 @@ from cdna_emulator.numpy_core.operands import (
 )
 from cdna_emulator.numpy_core.registry import Step, add_lanewise, handler, lanewise
 from cdna_emulator.numpy_core.state import Array, WaveState
-from cdna_emulator.numpy_core.valu_float import quieted
 
 _U32 = np.uint32
 
@@ -63,7 +63,10 @@ for _name, _function in (
     ("v_cvt_u32_f64", lambda s, a: to_integer(a, np.uint32)),
     (
         "v_cvt_rpi_i32_f32",
-        lambda s, a: to_integer(np.floor(a.astype(np.float64) + 0.5), np.int32),
+        # The sum is rounded to f32, as LLVM relies on for the pattern floor(x + 0.5).
+        lambda s, a: to_integer(
+            np.floor(rounding.add(a, np.full_like(a, 0.5), s.mode.round32)), np.int32
+        ),
     ),
     ("v_cvt_flr_i32_f32", lambda s, a: to_integer(np.floor(a), np.int32)),
     ("v_cvt_f16_f32", lambda s, a: _half(s, a.astype(np.float64))),
@@ -130,9 +133,7 @@ add_lanewise(
     "v_cvt_pknorm_u16_f32 v_cvt_pknorm_u16_f16",
     _two(lambda s, a: _normalized(a, False).astype(np.uint16)),
 )
-add_lanewise(
-    "v_cvt_pk_u16_u32", _two(lambda s, a: np.minimum(a, _U32(0xFFFF)).astype(np.uint16))
-)
+add_lanewise("v_cvt_pk_u16_u32", _two(lambda s, a: np.minimum(a, _U32(0xFFFF)).astype(np.uint16)))
 add_lanewise(
     "v_cvt_pk_i16_i32",
     _two(lambda s, a: np.clip(a.view(np.int32), -32768, 32767).astype(np.int16)),
@@ -171,11 +172,7 @@ def _from_eight_bit_pair(state: WaveState, inst: Instruction) -> None:
     write_words(state, inst.operands[0].index, rows, write_lanes(state, inst))
 
 
-def _to_eight_bit(values: Array, form: Format, saturate: bool) -> Array:
-    return encode(values, form, saturate=saturate)
-
-
-def _saturates(state: WaveState) -> bool:
+def saturates(state: WaveState) -> bool:
     """Whether MODE asks for overflow to give the largest number instead of NaN or infinity."""
     return bool(state.mode.bits >> 23 & 1)
 
@@ -183,31 +180,17 @@ def _saturates(state: WaveState) -> bool:
 @handler("v_cvt_pk_fp8_f32 v_cvt_pk_bf8_f32")
 def _to_eight_bit_pair(state: WaveState, inst: Instruction) -> None:
     form = _eight_bit(state, inst)
-    low, high = (
-        _to_eight_bit(read(state, inst, k), form, _saturates(state)) for k in (1, 2)
-    )
-    _insert(state, inst, low | high << _U32(8), 16, 16 * _destination(inst)[-1])
-
-
-def _destination(inst: Instruction) -> tuple[int, ...]:
-    """Return op_sel with the destination's numbers last."""
-    return bits(inst, "op_sel", 0)
-
-
-def _insert(state: WaveState, inst: Instruction, values: Array, width: int, shift: int) -> None:
-    old = state.vgpr[inst.operands[0].index]
-    part = _U32(((1 << width) - 1) << shift)
-    word = old & ~part | values << _U32(shift) & part
-    write_words(state, inst.operands[0].index, word[None], write_lanes(state, inst))
+    low, high = (encode(read(state, inst, k), form, saturate=saturates(state)) for k in (1, 2))
+    insert(state, inst, low | high << _U32(8), 16, 16 * destination_high(inst))
 
 
 @handler("v_cvt_sr_fp8_f32 v_cvt_sr_bf8_f32")
 def _to_eight_bit_stochastic(state: WaveState, inst: Instruction) -> None:
     form = _eight_bit(state, inst)
     values, noise = read(state, inst, 1), raw(state, inst, 2, 1)[0]
-    code = stochastic(values, noise, form, _saturates(state))
-    select = _destination(inst)
-    _insert(state, inst, code, 8, 8 * (select[2] | select[3] << 1))
+    code = stochastic(values, noise, form, saturates(state))
+    select = bits(inst, "op_sel", 0)
+    insert(state, inst, code, 8, 8 * (select[2] | select[3] << 1))
 
 
 def stochastic(values: Array, noise: Array, form: Format, saturate: bool) -> Array:
@@ -237,7 +220,7 @@ def _to_sixteen_bit_stochastic(state: WaveState, inst: Instruction) -> None:
     infinite = single >> 16 if "bf16" in inst.mnemonic else single >> 16 & 0x8000 | 0x7C00
     code = np.where(np.isinf(values), infinite, code)
     code = np.where(np.isnan(values), quiet, code)
-    _insert(state, inst, code.astype(np.uint32), 16, 16 * _destination(inst)[-1])
+    insert(state, inst, code, 16, 16 * destination_high(inst))
 
 
 def _half_stochastic(values: Array, noise: Array) -> Array:
@@ -249,5 +232,3 @@ def _half_stochastic(values: Array, noise: Array) -> Array:
         cut = np.floor(magnitude / step + part) * step
         half = np.copysign(cut, values).astype(np.float16)
     return half.view(np.uint16).astype(np.uint64)
-
-

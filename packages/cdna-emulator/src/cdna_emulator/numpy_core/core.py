@@ -23,10 +23,22 @@ if TYPE_CHECKING:
 __all__ = ["HANDLERS", "run_grid", "run_wave", "run_workgroup", "step"]
 
 #: Modules that fill the table when they are imported.
-for _module in (
-    "control convert lds memory mfma packed salu transcendental valu_compare valu_float"
-    " valu_integer valu_lane"
-).split():
+_MODULES = (
+    "control",
+    "convert",
+    "convert_scaled",
+    "lds",
+    "memory",
+    "mfma",
+    "packed",
+    "salu",
+    "transcendental",
+    "valu_compare",
+    "valu_float",
+    "valu_integer",
+    "valu_lane",
+)
+for _module in _MODULES:
     importlib.import_module(f"cdna_emulator.numpy_core.{_module}")
 
 #: Instructions one wave may execute before it counts as stuck.
@@ -132,9 +144,7 @@ def run_grid(program: Program, launch: Launch, max_instructions: int) -> Counter
         x, rest = number % launch.grid[0], number // launch.grid[0]
         workgroup = (x, rest % launch.grid[1], rest // launch.grid[1])
         waves = _start(program, launch, workgroup)
-        run_workgroup(
-            program.instructions, waves, launch.memory, max_instructions=max_instructions
-        )
+        run_workgroup(program.instructions, waves, launch.memory, max_instructions=max_instructions)
         for identifier, wave in enumerate(waves):
             for index, times in wave.executed.items():
                 counters.executed[index] += times

@@ -16,7 +16,7 @@ from cdna_emulator.errors import UnknownInstructionError
 from cdna_emulator.instruction import Instruction, Operand
 from cdna_emulator.numpy_core.atomics import update
 from cdna_emulator.numpy_core.operands import number, scalar, vector_words
-from cdna_emulator.numpy_core.registry import handler
+from cdna_emulator.numpy_core.registry import handler, words_of
 from cdna_emulator.numpy_core.salu import signed
 from cdna_emulator.numpy_core.state import LANES, Array, WaveState
 
@@ -312,13 +312,13 @@ def _locate(state: WaveState, inst: Instruction, address: int) -> Locate:
     return _buffer(state, inst, *operands[-3:])
 
 
-_LOADS = (
+_LOADS = words_of(
     "dword dwordx2 dwordx3 dwordx4 ubyte sbyte ushort sshort ubyte_d16 ubyte_d16_hi sbyte_d16"
     " sbyte_d16_hi short_d16 short_d16_hi"
-).split()
-_STORES = "dword dwordx2 dwordx3 dwordx4 byte short byte_d16_hi short_d16_hi".split()
-_INTEGER_ATOMICS = "swap cmpswap add sub smin umin smax umax and or xor inc dec".split()
-_FLOAT_ATOMICS = "add_f32 pk_add_f16 pk_add_bf16 add_f64 min_f64 max_f64".split()
+)
+_STORES = words_of("dword dwordx2 dwordx3 dwordx4 byte short byte_d16_hi short_d16_hi")
+_INTEGER_ATOMICS = words_of("swap cmpswap add sub smin umin smax umax and or xor inc dec")
+_FLOAT_ATOMICS = words_of("add_f32 pk_add_f16 pk_add_bf16 add_f64 min_f64 max_f64")
 _ATOMICS = [*_INTEGER_ATOMICS, *(f"{name}_x2" for name in _INTEGER_ATOMICS), *_FLOAT_ATOMICS]
 
 

@@ -96,8 +96,8 @@ def _elements(state: WaveState, inst: Instruction, side: int, shape: MatrixShape
     if kind in ("fp8", "bf8"):
         return decode(_register_bits(state, operand, 8, count), EIGHT_BIT[state.arch][kind])
     if kind == "i8":
-        return _register_bits(state, operand, 8, count).astype(np.uint8).view(np.int8).astype(
-            np.int64
+        return (
+            _register_bits(state, operand, 8, count).astype(np.uint8).view(np.int8).astype(np.int64)
         )
     if kind == "bf16":
         return bf16_to_float(_register_bits(state, operand, 16, count)).astype(np.float64)

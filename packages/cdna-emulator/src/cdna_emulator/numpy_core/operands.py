@@ -23,11 +23,11 @@ _WIDE = frozenset(("f64", "b64", "i64", "u64", "pkf32"))
 _SIXTEEN = frozenset(("f16", "bf16", "u16", "i16"))
 #: 16-bit instructions that write one half of the destination and keep the other. All other ones
 #: clear the upper half.
-KEEPS_OTHER_HALF = frozenset(
+_KEEPS_OTHER_HALF = (
     "v_mad_f16 v_fma_f16 v_div_fixup_f16 v_mad_u16 v_mad_i16 v_add_i16 v_sub_i16 v_bitop3_b16"
     " v_fma_mixlo_f16 v_mad_mixlo_f16 v_ashr_pk_i8_i32 v_ashr_pk_u8_i32"
     " v_min3_f16 v_max3_f16 v_med3_f16 v_min3_i16 v_max3_i16 v_med3_i16 v_min3_u16 v_max3_u16"
-    " v_med3_u16".split()
+    " v_med3_u16"
 )
 _BYTE_0, _WORD_0, _DWORD = 0, 4, 6
 _PRESERVE, _SIGN = 2, 1
@@ -305,19 +305,30 @@ def write_words(state: WaveState, index: int, words: Array, lanes: Array) -> Non
         state.vgpr[index + k] = np.where(lanes, row, state.vgpr[index + k])
 
 
+def destination_high(inst: Instruction) -> int:
+    """Return the number of ``op_sel`` that belongs to the destination, 0 if none does."""
+    given = cast("tuple[int, ...]", inst.modifiers.get("op_sel", ()))
+    # It follows those of the sources.
+    return given[-1] if len(given) > len(sources(inst)) else 0
+
+
 def merge_half(old: Array, values: Array, inst: Instruction) -> Array:
     """Put a 16-bit result into its half of the register."""
     wide = values.astype(np.uint32)
-    high = bits(inst, "op_sel", 0)[3] if "op_sel" in inst.modifiers else 0
-    # The last number of op_sel is the destination's, however many sources there are.
-    if "op_sel" in inst.modifiers:
-        given = cast("tuple[int, ...]", inst.modifiers["op_sel"])
-        high = given[-1] if len(given) == len(sources(inst)) + 1 else 0
-    if high:
+    if destination_high(inst):
         return old & _U16 | wide << _U32(16)
-    if inst.mnemonic in KEEPS_OTHER_HALF:
+    if inst.mnemonic in _KEEPS_OTHER_HALF.split():
         return old & ~_U16 | wide
     return wide
+
+
+def insert(state: WaveState, inst: Instruction, values: Array, width: int, shift: int) -> None:
+    """Write some bits of the destination register and keep the others."""
+    index = inst.operands[0].index
+    old = state.vgpr[index]
+    part = _U32(((1 << width) - 1) << shift)
+    word = old & ~part | values.astype(np.uint32) << _U32(shift) & part
+    write_words(state, index, word[None], write_lanes(state, inst))
 
 
 def _merge(old: Array, values: Array, inst: Instruction) -> Array:

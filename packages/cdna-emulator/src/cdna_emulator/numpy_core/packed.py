@@ -31,19 +31,20 @@ from cdna_emulator.numpy_core.valu_float import (
 _U16, _U32 = np.uint32(0xFFFF), np.uint32
 
 
-def _parts(state: WaveState, inst: Instruction, which: int, width: int) -> tuple[Array, Array]:
+def _parts(
+    state: WaveState, inst: Instruction, which: int, width: int, *, negates: bool = True
+) -> tuple[Array, Array]:
     """Return what the low and the high result take from a packed source.
 
-    ``width`` is 16, or 32 for sources in register pairs.
+    ``width`` is 16, or 32 for sources in register pairs. Only floats can be negated.
     """
     position = sources(inst)[which]
     words = raw(state, inst, position, width // 16)
-    if width == 16:
-        both = words[0] & _U16, words[0] >> _U32(16)
-    else:
-        both = words[0], words[1]
+    both = (words[0] & _U16, words[0] >> _U32(16)) if width == 16 else (words[0], words[1])
     low = both[bits(inst, "op_sel", 0)[which]]
     high = both[bits(inst, "op_sel_hi", 1)[which]]
+    if not negates:
+        return low, high
     top = _U32(1 << (width - 1))
     if bits(inst, "neg_lo", 0)[which]:
         low = low ^ top
@@ -93,7 +94,7 @@ _packed_half("v_pk_maximum3_f16", lambda m, a, b, c: ieee_maximum(ieee_maximum(a
 def _packed_integer(name: str, dtype: type, formula: Callable[..., Array]) -> None:
     @handler(name)
     def execute(state: WaveState, inst: Instruction) -> None:
-        pairs = [_parts(state, inst, k, 16) for k in range(len(sources(inst)))]
+        pairs = [_parts(state, inst, k, 16, negates=False) for k in range(len(sources(inst)))]
         halves = []
         for side in (0, 1):
             seen = [p[side].astype(np.uint16).view(dtype).astype(np.int64) for p in pairs]
@@ -167,7 +168,7 @@ def _integer_dot(names: str, width: int, is_signed: bool) -> None:
     @handler(names)
     def execute(state: WaveState, inst: Instruction) -> None:
         if width == 16:
-            low_high = [_parts(state, inst, k, 16) for k in (0, 1)]
+            low_high = [_parts(state, inst, k, 16, negates=False) for k in (0, 1)]
             first, second = (low | high << _U32(16) for low, high in low_high)
         else:
             first, second = (raw(state, inst, sources(inst)[k], 1)[0] for k in (0, 1))
@@ -190,32 +191,32 @@ _integer_dot("v_dot8_i32_i4 v_dot8c_i32_i4", 4, True)
 _integer_dot("v_dot8_u32_u4", 4, False)
 
 
-def _float_dot(names: str, convert: Callable[[WaveState, Array], Array]) -> None:
+def _float_dot(
+    names: str, convert: Callable[[Array], Array], *, sums_products_first: bool = False
+) -> None:
     @handler(names)
     def execute(state: WaveState, inst: Instruction) -> None:
         pairs = [_parts(state, inst, k, 16) for k in (0, 1)]
         total = np.ascontiguousarray(_accumulator(state, inst)).view(np.float32)
-        if len(sources(inst)) == 3:
-            third = inst.operands[sources(inst)[2]]
-            if third.abs or bits(inst, "neg_hi", 0)[2]:
-                total = np.abs(total)
-            if third.neg or bits(inst, "neg_lo", 0)[2]:
-                total = -total
-        total = total.astype(np.float64)
+        if len(sources(inst)) == 3 and bits(inst, "neg_lo", 0)[2]:
+            total = -total
         with np.errstate(all="ignore"):
-            for side in (0, 1):
-                a, b = (convert(state, pair[side]).astype(np.float64) for pair in pairs)
-                total = rounding.odd_sum(total, a * b)
-            value = rounding.round_float(total, np.float32, rounding.NEAREST)
-            value = clamp_float(state, inst, value)
+            # Products of two halves are exact in f32; each sum is rounded.
+            products = [
+                convert(pairs[0][side]).astype(np.float32) * convert(pairs[1][side])
+                for side in (0, 1)
+            ]
+            terms = [*products, total] if sums_products_first else [total, *products]
+            value = clamp_float(state, inst, (terms[0] + terms[1]) + terms[2])
         _put(state, inst, np.ascontiguousarray(value).view(np.uint32)[None])
 
 
 _float_dot(
     "v_dot2_f32_f16 v_dot2c_f32_f16",
-    lambda state, values: values.astype(np.uint16).view(np.float16),
+    lambda values: values.astype(np.uint16).view(np.float16),
 )
-_float_dot("v_dot2_f32_bf16 v_dot2c_f32_bf16", lambda state, values: bf16_to_float(values))
+_float_dot("v_dot2c_f32_bf16", bf16_to_float)
+_float_dot("v_dot2_f32_bf16", bf16_to_float, sums_products_first=True)
 
 
 # --- mixed precision

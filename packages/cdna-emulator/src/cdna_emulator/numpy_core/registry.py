@@ -80,12 +80,6 @@ def _add(names: str, function: Handler) -> None:
         HANDLERS[name] = function
 
 
-def choose(condition: Array, yes: Array, no: Array) -> Array:
-    """Return lanes of ``yes`` or ``no``, in their common format."""
-    return np.where(condition, yes, no)
-
-
-def each(names: str, pairs: Iterable[tuple[str, Callable[..., Any]]]) -> None:
-    """Register ``names`` with ``{}`` replaced by each word, with that word's function."""
-    for word, function in pairs:
-        add_lanewise(names.format(word), function)
+def words_of(text: str) -> list[str]:
+    """Split a list of names."""
+    return text.split()

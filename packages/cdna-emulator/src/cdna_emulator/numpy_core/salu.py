@@ -41,9 +41,7 @@ def _width(inst: Instruction, position: int) -> int:
     return 64 if inst.op.slots[position].type in ("b64", "mask") else 32
 
 
-def _register(
-    names: str, function: Callable[..., int], scc: Callable[[int], bool] | None
-) -> None:
+def _register(names: str, function: Callable[..., int], scc: Callable[[int], bool] | None) -> None:
     """Register ``function(*sources)``; ``scc`` makes the condition from the result."""
 
     @handler(names)
@@ -123,9 +121,7 @@ for _bits in (32, 64):
     _register(f"s_xnor_{_b}", lambda a, b: ~(a ^ b), _nonzero)
     _register(f"s_lshl_{_b}", lambda a, b, n=_bits: a << (b & (n - 1)), _nonzero)
     _register(f"s_lshr_{_b}", lambda a, b, n=_bits: a >> (b & (n - 1)), _nonzero)
-    _register(
-        f"s_ashr_i{_bits}", lambda a, b, n=_bits: signed(a, n) >> (b & (n - 1)), _nonzero
-    )
+    _register(f"s_ashr_i{_bits}", lambda a, b, n=_bits: signed(a, n) >> (b & (n - 1)), _nonzero)
     _register(f"s_bfe_u{_bits}", lambda a, b, n=_bits: _field_unsigned(a, b, n), _nonzero)
     _register(f"s_bfe_i{_bits}", lambda a, b, n=_bits: _field_signed(a, b, n), _nonzero)
     _register(

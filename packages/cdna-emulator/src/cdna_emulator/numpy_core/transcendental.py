@@ -16,6 +16,10 @@ from cdna_emulator.numpy_core.rounding import flush
 from cdna_emulator.numpy_core.state import Array
 
 
+#: Arguments of sine and cosine are valid up to here.
+_MAX_TURNS = 256.0
+
+
 def _reciprocal_root(x: Array) -> Array:
     # The root of minus zero keeps its sign, and so does the reciprocal.
     return 1.0 / np.sqrt(x)
@@ -27,13 +31,15 @@ def _turns(x: Array) -> Array:
 
 
 def sine(x: Array) -> Array:
-    """Return the sine of a number of turns."""
-    return np.where(np.isinf(x), np.nan, _exact_quarters(x, np.sin(_turns(x)), 0))
+    """Return the sine of a number of turns; zero beyond 256 of them."""
+    value = np.where(np.abs(x) > _MAX_TURNS, 0.0, _exact_quarters(x, np.sin(_turns(x)), 0))
+    return np.where(np.isfinite(x), value, np.nan)
 
 
 def cosine(x: Array) -> Array:
-    """Return the cosine of a number of turns."""
-    return np.where(np.isinf(x), np.nan, _exact_quarters(x, np.cos(_turns(x)), 1))
+    """Return the cosine of a number of turns; one beyond 256 of them."""
+    value = np.where(np.abs(x) > _MAX_TURNS, 1.0, _exact_quarters(x, np.cos(_turns(x)), 1))
+    return np.where(np.isfinite(x), value, np.nan)
 
 
 def _exact_quarters(x: Array, value: Array, shift: int) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from cdna_emulator.instruction import Instruction
 from cdna_emulator.numpy_core.operands import raw, read, write, write_lanes
-from cdna_emulator.numpy_core.registry import handler
+from cdna_emulator.numpy_core.registry import handler, words_of
 from cdna_emulator.numpy_core.state import Array, WaveState, mask_of
 from cdna_emulator.numpy_core.valu_float import exponent_field, is_signalling
 
@@ -27,8 +27,8 @@ _RELATIONS: dict[str, Callable[[Array, Array], Array]] = {
     "t": lambda a, b: np.ones(len(a), bool),
     "tru": lambda a, b: np.ones(len(a), bool),
 }
-_INTEGER = tuple("f lt eq le gt ne ge t".split())
-_FLOAT = tuple("f lt eq le gt lg ge o u nge nlg ngt nle neq nlt tru".split())
+_INTEGER = words_of("f lt eq le gt ne ge t")
+_FLOAT = words_of("f lt eq le gt lg ge o u nge nlg ngt nle neq nlt tru")
 
 
 def relation(name: str) -> Callable[[Array, Array], Array]:
@@ -81,7 +81,8 @@ def value_class(values: Array) -> Array:
 
 
 @handler(
-    "v_cmp_class_f32 v_cmp_class_f16 v_cmp_class_f64 v_cmpx_class_f32"
+    "v_cmp_class_f32 v_cmp_class_f16 v_cmp_class_f64 v_cmpx_class_f32 v_cmpx_class_f16"
+    " v_cmpx_class_f64"
 )
 def _class(state: WaveState, inst: Instruction) -> None:
     # Denormals are classified as they are, so the source is not flushed.

@@ -63,7 +63,7 @@ def _fma(step: Step, a: Array, b: Array, c: Array) -> Array:
 
 
 def _multiply_then_add(step: Step, a: Array, b: Array, c: Array) -> Array:
-    """The unfused form, which flushes f32 denormals whatever the mode says."""
+    """Round twice, and flush f32 denormals whatever the mode says."""
     on = a.dtype.type is np.float32
     a, b, c = (rounding.flush(x, on) for x in (a, b, c))
     product = rounding.flush(_mul(step, a, b), on)
@@ -232,10 +232,13 @@ def _ldexp16(step: Step, a: Array, b: Array) -> Array:
 
 @lanewise("v_div_fmas_f32 v_div_fmas_f64")
 def _div_fmas(step: Step, a: Array, b: Array, c: Array) -> Array:
-    power = 32 if a.dtype.type is np.float32 else 64
+    # Undo v_div_scale: a scaled denominator made the quotient small, a scaled numerator large. The
+    # CDNA documents give one factor for both cases; division is right with these.
+    power, middle = (64, 127) if a.dtype.type is np.float32 else (128, 1023)
     result = _fma(step, a, b, c)
-    factor = np.where(lanes_of(step.state.vcc), power, 0)
-    return np.where(factor > 0, scaled(result, factor, rounding_mode(step, a)), result)
+    factor = np.where(exponent_field(c) > middle, power, -power)
+    unscaled = scaled(result, factor, rounding_mode(step, a))
+    return np.where(lanes_of(step.state.vcc), unscaled, result)
 
 
 @lanewise("v_div_fixup_f32 v_div_fixup_f64 v_div_fixup_f16")
@@ -282,7 +285,7 @@ def _div_scale(
             result[lane] = np.nan
             continue
         gap = int(exponent_field(numerator)[lane] - exponent_field(denominator)[lane])
-        reciprocal_tiny = _is_denormal_quotient(1.0, d, np.float64)
+        reciprocal_tiny = _is_denormal_quotient(1.0, d, kind)
         quotient_tiny = _is_denormal_quotient(n, d, kind)
         if gap >= far:
             flags[lane] = True

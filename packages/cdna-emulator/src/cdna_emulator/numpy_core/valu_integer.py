@@ -54,6 +54,7 @@ for _names, _dtype, _formula in (
     ("v_sub_i16", np.int16, lambda a, b: a - b),
     ("v_mul_lo_u16", np.uint16, lambda a, b: a * b),
     ("v_mad_u16", np.uint16, lambda a, b, c: a * b + c),
+    ("v_mad_legacy_u16", np.uint16, lambda a, b, c: a * b + c),
     ("v_mad_i16", np.int16, lambda a, b, c: a * b + c),
     ("v_min_i32", np.int32, np.minimum),
     ("v_max_i32", np.int32, np.maximum),

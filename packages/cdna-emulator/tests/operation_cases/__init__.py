@@ -1,0 +1,1 @@
+"""Random but legal instructions and register states, for tests that compare two cores."""

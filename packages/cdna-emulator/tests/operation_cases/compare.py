@@ -1,0 +1,161 @@
+"""Run one instruction on both cores and say where they differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from operation_cases.states import State
+
+from cdna_emulator import native_core
+from cdna_emulator.instruction import Instruction, Operand
+from cdna_emulator.isa import Unit
+from cdna_emulator.memory import DeviceMemory
+from cdna_emulator.numpy_core import Mode, WaveState, run_wave
+from cdna_emulator.program import make_program
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+#: Bits of MODE that both cores keep.
+MODE_BITS = 0x88003FF
+_FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How results may differ: ``width`` of the floats in them, 0 for plain bits.
+
+    NaNs are equal whatever they carry, since no document says which operand's survives. ``ulps``
+    is a distance in units of the last place, ``relative`` one in shares of the largest result.
+    """
+
+    width: int = 0
+    ulps: int = 0
+    relative: float = 0.0
+    is_bf16: bool = False
+
+
+def numpy_state(state: State, arch: str, memory: DeviceMemory | None = None) -> WaveState:
+    """Return a state of the NumPy core."""
+    return WaveState(
+        sgpr=state.sgpr.copy(),
+        vgpr=state.vgpr.copy(),
+        scc=state.scc,
+        mode=Mode(state.mode),
+        lds=state.lds.copy(),
+        scratch=np.zeros((64, 256), np.uint8),
+        memory=memory,
+        arch=arch,
+    )
+
+
+def run_native(
+    instructions: list[Instruction],
+    state: State,
+    arch: str,
+    memory: DeviceMemory | None = None,
+) -> tuple[native_core.WaveState, native_core.Counters]:
+    """Run instructions, the last of which must be s_endpgm, on the native core."""
+    program = make_program(tuple(instructions), arch, "test")
+    before = native_core.WaveState(state.sgpr, state.vgpr, state.lds, state.scc, state.mode)
+    return native_core.run_wave(program, before, memory=memory, scratch_bytes=256)
+
+
+def run_numpy(
+    instructions: list[Instruction],
+    state: State,
+    arch: str,
+    memory: DeviceMemory | None = None,
+) -> WaveState:
+    """Run instructions on the NumPy core."""
+    return run_wave(instructions, numpy_state(state, arch, memory))
+
+
+def differences(
+    native: native_core.WaveState, numpy_: WaveState, target: Operand | None, allowed: Tolerance
+) -> list[str]:
+    """Return what differs, in words; at most a few of each kind."""
+    found = []
+    if not np.array_equal(native.lds, numpy_.lds):
+        found.append(f"LDS at {np.flatnonzero(native.lds != numpy_.lds)[:4].tolist()}")
+    if native.scc != numpy_.scc:
+        found.append(f"scc native {native.scc} numpy {numpy_.scc}")
+    if (native.mode ^ numpy_.mode.bits) & MODE_BITS:
+        found.append(f"mode native {native.mode:#x} numpy {numpy_.mode.bits:#x}")
+    for index in np.flatnonzero(native.sgpr != numpy_.sgpr)[:4]:
+        found.append(f"s{index} native {native.sgpr[index]:#x} numpy {numpy_.sgpr[index]:#x}")
+    different = native.vgpr != numpy_.vgpr
+    if allowed.width:
+        different &= ~_close(native.vgpr, numpy_.vgpr, target, allowed)
+    for register, lane in np.argwhere(different)[:4]:
+        found.append(
+            f"v{register}[{lane}] native {native.vgpr[register, lane]:#x} "
+            f"numpy {numpy_.vgpr[register, lane]:#x}"
+        )
+    return found
+
+
+def _close(a: Array, b: Array, target: Operand | None, allowed: Tolerance) -> Array:
+    """Return which registers are close enough, half by half or pair by pair as floats go."""
+    if allowed.width == 16:
+        if allowed.is_bf16:
+            halves = [
+                _floats_close(
+                    (x & np.uint32(0xFFFF0000)).view(np.float32),
+                    (y & np.uint32(0xFFFF0000)).view(np.float32),
+                    allowed,
+                )
+                for x, y in ((a, b), (a << np.uint32(16), b << np.uint32(16)))
+            ]
+            return np.logical_and(*halves)
+        both = _floats_close(a.view(np.float16), b.view(np.float16), allowed)
+        return both.reshape(*a.shape, 2).all(axis=2)
+    if allowed.width == 32:
+        return _floats_close(a.view(np.float32), b.view(np.float32), allowed)
+    result = np.zeros(a.shape, bool)
+    if target is not None and target.kind == "vgpr":
+        for index in range(target.index, target.index + max(2, target.width), 2):
+            first, second = (_pair(x, index) for x in (a, b))
+            result[index : index + 2] = _floats_close(first, second, allowed)
+    return result
+
+
+def _pair(registers: Array, index: int) -> Array:
+    low, high = registers[index].astype(np.uint64), registers[index + 1].astype(np.uint64)
+    return (low | high << np.uint64(32)).view(np.float64)
+
+
+def _floats_close(a: Array, b: Array, allowed: Tolerance) -> Array:
+    with np.errstate(all="ignore"):
+        close = (np.isnan(a) & np.isnan(b)) | (a == b) & (np.signbit(a) == np.signbit(b))
+        if allowed.ulps:
+            distance = np.abs(a.astype(np.float64) - b.astype(np.float64))
+            close |= distance <= allowed.ulps * np.spacing(np.maximum(np.abs(a), np.abs(b)))
+        if allowed.relative:
+            scale = np.maximum(np.abs(a), np.abs(b)).astype(np.float64)
+            close |= np.abs(a.astype(np.float64) - b) <= allowed.relative * scale
+    return close
+
+
+def tolerance(inst: Instruction) -> Tolerance:
+    """Return how far results of an instruction may be apart."""
+    op, name = inst.op, inst.mnemonic
+    if op.unit is Unit.MFMA:
+        if "_i32_" in name:
+            return Tolerance()
+        return Tolerance(64 if "_f64_" in name else 32, relative=2e-6)
+    written = [slot.type for slot in op.slots if slot.is_written]
+    kind = written[0] if written else ""
+    if op.unit is Unit.TRANS:
+        if kind == "f64":
+            # Documented as an approximation to about 2**-27 that refinement steps start from.
+            return Tolerance(64, relative=2.0**-24)
+        return Tolerance(16 if kind == "f16" else 32, ulps=1)
+    if "bf16" in name.partition("v_")[2] and (kind == "pk16" or "sr_bf16" in name or "scale" in name):
+        return Tolerance(16, is_bf16=True)
+    if kind in ("f16", "pk16") or name.endswith("_f16") or "_f16_" in name:
+        return Tolerance(16)
+    if kind in ("f32", "pkf32") or "_f32_" in name or name.endswith("_f32"):
+        return Tolerance(32)
+    return Tolerance(64) if kind == "f64" else Tolerance()
