@@ -1,7 +1,8 @@
 // Floating-point rules shared by the files of vector instructions.
 //
-// NaN: the documents do not say which NaN an operation returns. Here it is the first source that is
-// one, made quiet, and the positive quiet NaN without payload for an invalid operation. Minimum and
+// NaN: an invalid operation returns the negative quiet NaN without payload, as the documents'
+// examples do (V_SQRT_F32, V_LOG_F32, V_DIV_FIXUP_F32). They do not say which of several NaN sources
+// an operation returns: here it is the first, made quiet, with its own sign. Minimum and
 // maximum return the other source, as IEEE 754-2008 minNum and maxNum do; a signalling NaN is
 // returned, made quiet, where MODE.IEEE is set (CDNA4 ISA, V_MIN_F32 and V_MAX_F32).
 //
@@ -93,13 +94,22 @@ constexpr typename F::Bits select_propagating(typename F::Bits a, typename F::Bi
   return is_nan<F>(a) ? a | F::kQuiet : result;
 }
 
+// Equal as numbers, which neither is NaN.
+template <class F>
+constexpr bool same_number(typename F::Bits a, typename F::Bits b) {
+  return a == b || !magnitude<F>(a | b);
+}
+
+// The larger of the two that are left when one that equals the largest is taken away.
 template <class F>
 constexpr typename F::Bits median(typename F::Bits a, typename F::Bits b, typename F::Bits c,
                                   bool ieee) {
-  auto low = select_number<F, false>(a, b, ieee), high = select_number<F, true>(a, b, ieee);
-  auto middle = select_number<F, true>(low, select_number<F, false>(high, c, ieee), ieee);
+  auto ab = select_number<F, true>(a, b, ieee), largest = select_number<F, true>(ab, c, ieee);
+  auto middle = same_number<F>(largest, b) ? select_number<F, true>(a, c, ieee) : ab;
+  middle = same_number<F>(largest, a) ? select_number<F, true>(b, c, ieee) : middle;
   bool any_nan = is_nan<F>(a) || is_nan<F>(b) || is_nan<F>(c);
-  return any_nan ? select_number<F, false>(low, c, ieee) : middle;
+  auto smallest = select_number<F, false>(select_number<F, false>(a, b, ieee), c, ieee);
+  return any_nan ? smallest : middle;
 }
 
 // Replaces NaN results by the ones described above.
@@ -110,7 +120,7 @@ void settle_nan(const typename F::Bits* const* s, typename F::Bits* r) {
   if (!any) return;
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!is_nan<F>(r[lane])) continue;
-    r[lane] = F::kInfinity | F::kQuiet;
+    r[lane] = F::kSign | F::kInfinity | F::kQuiet;
     for (int k = N - 1; k >= 0; --k) {
       if (is_nan<F>(s[k][lane])) r[lane] = s[k][lane] | F::kQuiet;
     }

@@ -178,8 +178,6 @@ inline const uint32_t* fetch16(Wave& w, const Instruction& in, const Operand& o,
                                Lanes& buffer) {
   const uint32_t* lanes = fetch32(w, in, o, source, buffer);
   int shift = !(in.flags & kSdwa) && (in.op_sel >> source & 1) ? 16 : 0;
-  // A constant has its value in the low half alone; op_sel applies to registers.
-  if (o.kind == kConstant) shift = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
     buffer.lane[lane] = lanes[lane] >> shift & 0xffff;
   }

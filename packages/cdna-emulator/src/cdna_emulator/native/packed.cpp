@@ -2,8 +2,8 @@
 // mixed-precision multiply-adds.
 //
 // op_sel bit k names the half of source k that the low result reads, op_sel_hi the half for the
-// high result; neg_lo and neg_hi flip the sign bits of the same halves. A constant has its value in
-// the low half (an integer's sign fills the high one).
+// high result; neg_lo and neg_hi negate the same halves of floats. A constant has its value in the
+// low half (an integer's sign fills the high one).
 //
 // Source: AMD CDNA3 and CDNA4 ISA documents, VOP3P instructions and V_DOT*C of VOP2.
 #include <utility>
@@ -57,7 +57,7 @@ void put_halves(Wave& w, const Instruction& in, const Lanes& low, const Lanes& h
 template <int N, auto F, auto Saturating>
 void packed_integers(Wave& w, const Instruction& in) {
   Words<N> words(w, in);
-  Halves<N> low(words.s, in.op_sel, in.neg_lo), high(words.s, in.op_sel_hi, in.neg_hi);
+  Halves<N> low(words.s, in.op_sel, 0), high(words.s, in.op_sel_hi, 0);
   Lanes low_result, high_result;
   if (in.flags & kClamp) {
     apply_lanes<N, Saturating, u32>(low.s, low_result.lane);
@@ -180,10 +180,9 @@ float bf16_to_float(u32 x) { return as_float(x << 16); }
 
 // Products of two f16 or bf16 are exact in f32; the sums round to nearest one after the other.
 // Denormals of f32 are flushed whatever MODE says, which LLVM knows of v_dot2_f32_f16.
-constexpr auto kSummandFirst = [](float a, float b, float c) { return c + a + b; };
-constexpr auto kSummandLast = [](float a, float b, float c) { return a + b + c; };
+enum class Order { kSummandFirst, kSummandLast };
 
-template <bool Accumulate, auto Convert, auto Sum>
+template <bool Accumulate, auto Convert, Order O>
 void dot_floats(Wave& w, const Instruction& in) {
   Lanes buffer[2], summand_buffer, products[2], result;
   const u32* words[2];
@@ -198,10 +197,15 @@ void dot_floats(Wave& w, const Instruction& in) {
   for (Lanes& product : products) {
     for (u32& x : product.lane) x = flush32(x);
   }
-  Lanes flushed;
-  for (int lane = 0; lane < kLanes; ++lane) flushed.lane[lane] = flush32(summand[lane]);
-  const u32* s[3] = {products[0].lane, products[1].lane, flushed.lane};
-  arithmetic_f32<3, Sum>(Mode{}, s, result.lane);
+  Lanes third;
+  u32 sign = !Accumulate && (in.neg_lo & 4) ? F32::kSign : 0;
+  for (int lane = 0; lane < kLanes; ++lane) third.lane[lane] = flush32(summand[lane] ^ sign);
+  const u32 *p = products[0].lane, *q = products[1].lane, *c = third.lane;
+  const u32* summand_first[3] = {c, p, q};
+  const u32* summand_last[3] = {p, q, c};
+  constexpr auto kSum = [](float x, float y, float z) { return x + y + z; };
+  const u32* const* s = O == Order::kSummandFirst ? summand_first : summand_last;
+  arithmetic_f32<3, kSum>(Mode{}, s, result.lane);
   for (u32& x : result.lane) x = flush32(x);
   finish_f32(w, in, result.lane);
   write32(w, in, in.op[0], result.lane);
@@ -240,8 +244,7 @@ void dot_halves(Wave& w, const Instruction& in) {
   const u32* words[2];
   for (int k = 0; k < 2; ++k) words[k] = fetch32(w, in, in.op[1 + k], k, buffer[k]);
   const u32* summand = fetch_summand<Accumulate>(w, in, summand_buffer);
-  Halves<2> low(words, low_select<Accumulate>(in), in.neg_lo);
-  Halves<2> high(words, high_select<Accumulate>(in), in.neg_hi);
+  Halves<2> low(words, low_select<Accumulate>(in), 0), high(words, high_select<Accumulate>(in), 0);
   bool clamp = in.flags & kClamp;
   for (int lane = 0; lane < kLanes; ++lane) {
     i64 sum = Signed ? i64{static_cast<int32_t>(summand[lane])} : i64{summand[lane]};
@@ -364,10 +367,10 @@ constexpr NamedHandler kRows[] = {
     {"v_pk_fma_f32", packed_floats<3, kFma>},
     {"v_pk_mov_b32", packed_move},
 
-    {"v_dot2_f32_f16", dot_floats<false, half_to_float, kSummandFirst>},
-    {"v_dot2_f32_bf16", dot_floats<false, bf16_to_float, kSummandLast>},
-    {"v_dot2c_f32_f16", dot_floats<true, half_to_float, kSummandFirst>},
-    {"v_dot2c_f32_bf16", dot_floats<true, bf16_to_float, kSummandFirst>},
+    {"v_dot2_f32_f16", dot_floats<false, half_to_float, Order::kSummandFirst>},
+    {"v_dot2_f32_bf16", dot_floats<false, bf16_to_float, Order::kSummandLast>},
+    {"v_dot2c_f32_f16", dot_floats<true, half_to_float, Order::kSummandFirst>},
+    {"v_dot2c_f32_bf16", dot_floats<true, bf16_to_float, Order::kSummandFirst>},
     {"v_dot2_i32_i16", dot_halves<true, false>},
     {"v_dot2_u32_u16", dot_halves<false, false>},
     {"v_dot2c_i32_i16", dot_halves<true, true>},

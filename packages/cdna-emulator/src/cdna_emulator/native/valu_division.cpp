@@ -39,9 +39,10 @@ typename F::Bits bits(typename F::Value x) {
   return std::bit_cast<typename F::Bits>(x);
 }
 
-// Whether a / b is a denormal; both are finite and not zero.
+// Whether a / b is a denormal; neither is zero.
 template <class F>
 bool quotient_is_denormal(typename F::Bits a, typename F::Bits b) {
+  if (magnitude<F>(a) >= F::kInfinity || magnitude<F>(b) >= F::kInfinity) return false;
   int a_exponent, b_exponent, exponent;
   auto ratio = std::frexp(std::fabs(value<F>(a)), &a_exponent) /
                std::frexp(std::fabs(value<F>(b)), &b_exponent);
@@ -71,9 +72,6 @@ Scaled<F> scale(typename F::Bits x, typename F::Bits denominator, typename F::Bi
     return {is_denominator ? scaled(S::kExponent) : x, true};
   }
   if (denominator_exponent == 0) return {scaled(S::kExponent), false};
-  if (magnitude<F>(numerator) >= F::kInfinity || magnitude<F>(denominator) >= F::kInfinity) {
-    return {x, false};
-  }
   bool reciprocal_denormal = quotient_is_denormal<F>(F::kOne, denominator);
   bool denormal = quotient_is_denormal<F>(numerator, denominator);
   if (reciprocal_denormal && denormal) {
@@ -150,8 +148,8 @@ typename F::Bits fix_up(typename F::Bits quotient, typename F::Bits denominator,
   if constexpr (F::kFraction != F16::kFraction) {
     int difference = exponent_field<F>(numerator) - exponent_field<F>(denominator);
     if (difference < -Scaling<F>::kUnderflow) return underflow<F>(negative, round);
+    if (is_nan<F>(quotient)) return overflow<F>(negative, round);
   }
-  if (is_nan<F>(quotient)) return overflow<F>(negative, round);
   return sign | magnitude<F>(quotient);
 }
 

@@ -196,7 +196,8 @@ int frexp_exponent(typename F::Bits x) {
 template <class F>
 typename F::Bits frexp_mantissa(typename F::Bits x) {
   auto size = magnitude<F>(x);
-  if (size == 0 || size >= F::kInfinity) return x;
+  if (size > F::kInfinity) return x | F::kQuiet;
+  if (size == 0 || size == F::kInfinity) return x;
   if (exponent_field<F>(x) == 0) size <<= denormal_shift<F>(size);
   constexpr auto kFractionMask = (typename F::Bits{1} << F::kFraction) - 1;
   auto half = static_cast<typename F::Bits>(F::kBias - 1) << F::kFraction;
