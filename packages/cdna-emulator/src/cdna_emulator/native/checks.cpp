@@ -9,13 +9,17 @@
 //
 // LDS. Each dword remembers the last write and the readers since the last barrier, its epoch. Two
 // waves that touch the same bytes in one epoch race when one of them writes, unless both are
-// atomic. A copy from memory to LDS writes from its issue until the wait of its own wave that
-// retires it: touching its bytes before then is a missing wait, and another wave needs a barrier
-// after that wait. A dword keeps one writer, so of several waves that write different bytes of it in
+// atomic or both write the same values, which compilers do with data that waves hold in common. A
+// copy from memory to LDS writes from its issue until the wait of its own wave that retires it:
+// touching its bytes before then is a missing wait, and another wave needs a barrier after that
+// wait. A dword keeps one writer, so of several waves that write different bytes of it in
 // one epoch only the last is compared.
 //
-// Uninitialised registers. Reading a lane that was never written is reported where the value is
-// used; moves between registers pass the state on instead.
+// Uninitialised values. Reading a lane that was never written is reported where the value is used;
+// moves between registers pass the state on instead, and so do the ways of keeping scalars in lanes
+// of a vector register, and loads from LDS: the masked tail of a tile may be loaded as long as
+// nothing is done with it. A packed instruction reads of a pair what its halves select, and a
+// wide addend's high half reaches only the high half of the sum.
 #include <algorithm>
 
 #include "machine_state.h"
@@ -28,6 +32,8 @@ namespace {
 constexpr uint64_t kSgprDetail = 1024;
 // Marks an LDS address where findings have a register number.
 constexpr uint64_t kLdsDetail = 1ull << 32;
+// Operand of v_mad_u64_u32 and v_mad_i64_i32 that is as wide as the sum.
+constexpr int kAddend = 4;
 
 bool starts_with(const char* name, const char* prefix) {
   return std::strncmp(name, prefix, std::strlen(prefix)) == 0;
@@ -38,8 +44,11 @@ Reads reads_of(const char* name) {
     if (starts_with(name, copy)) return Reads::kCopy;
   }
   if (starts_with(name, "v_readfirstlane")) return Reads::kFirstLane;
-  if (starts_with(name, "v_readlane")) return Reads::kSelectedLane;
-  for (const char* part : {"v_writelane", "v_cvt_", "v_fma_mix", "v_mad_mix"}) {
+  if (starts_with(name, "v_readlane")) return Reads::kFromLane;
+  if (starts_with(name, "v_writelane")) return Reads::kToLane;
+  if (starts_with(name, "v_mad_u64") || starts_with(name, "v_mad_i64")) return Reads::kWideAddend;
+  if (starts_with(name, "v_pk_") && std::strstr(name, "32")) return Reads::kPair;
+  for (const char* part : {"v_cvt_", "v_fma_mix", "v_mad_mix"}) {
     if (starts_with(name, part)) return Reads::kKeepsOld;
   }
   return Reads::kAll;
@@ -99,18 +108,29 @@ uint64_t lanes_read(const Wave& w, const Instruction& in, Reads reads) {
     uint64_t exec = w.exec();
     return exec ? exec & -exec : 1;
   }
-  if (reads == Reads::kSelectedLane) {
-    const Operand& lane = in.op[2];
-    uint64_t value = lane.kind == kSgpr ? w.s[lane.index] : lane.bits;
-    return 1ull << (value & 63);
-  }
   return in.flags & kIgnoresExec ? ~0ull : w.exec();
+}
+
+// The lane that v_readlane or v_writelane names.
+uint64_t selected_lane(const Wave& w, const Instruction& in) {
+  const Operand& lane = in.op[2];
+  uint64_t value = lane.kind == kSgpr ? w.s[lane.index] : lane.bits;
+  return 1ull << (value & 63);
+}
+
+// Whether the instruction looks at register number `part` of its operand number `position`.
+bool reads_part(const Instruction& in, Reads reads, int position, uint32_t part) {
+  if (reads == Reads::kWideAddend) return position != kAddend || part == 0;
+  if (reads != Reads::kPair) return true;
+  int source = position - 1;
+  return (in.op_sel >> source & 1) == part || (in.op_sel_hi >> source & 1) == part;
 }
 
 void check_initialised(Machine& m, Wave& w, const Instruction& in) {
   Shadow& s = *w.shadow;
   Reads reads = m.reads[w.pc];
   if (reads == Reads::kCopy && !(in.flags & (kDpp | kSdwa))) return;
+  if (reads == Reads::kFromLane || reads == Reads::kToLane) return;
   bool keeps_old = reads == Reads::kKeepsOld || (in.flags & kDpp) || in.dst_unused == 2;
   uint64_t lanes = lanes_read(w, in, reads);
   bool is_first = true;
@@ -119,6 +139,7 @@ void check_initialised(Machine& m, Wave& w, const Instruction& in) {
     is_first &= is_written;
     if (!is_read || (is_written && keeps_old)) return;
     for (uint32_t r = first; r < first + o.width; ++r) {
+      if (!reads_part(in, reads, int(&o - in.op), r - first)) continue;
       if (o.kind == kSgpr) {
         if (r < kSgprs && !s.sgpr_written[r]) {
           report(w, FindingKind::kUninitialisedSgpr, -1, r);
@@ -127,8 +148,12 @@ void check_initialised(Machine& m, Wave& w, const Instruction& in) {
       }
       // DPP reads other lanes than it writes: only a register that no lane has is certain.
       uint64_t missing = is_dpp_source ? (s.written[r] ? 0 : lanes) : lanes & ~s.written[r];
-      if (r < kVgprs && missing) {
-        report(w, FindingKind::kUninitialisedVgpr, __builtin_ctzll(missing), r);
+      if (r >= kVgprs || !missing) continue;
+      int lane = __builtin_ctzll(missing);
+      if (s.lds_source[r]) {
+        report(w, FindingKind::kUninitialisedLds, lane, s.lds_source[r] - 1);
+      } else {
+        report(w, FindingKind::kUninitialisedVgpr, lane, r);
       }
     }
   });
@@ -155,13 +180,34 @@ void mark_copy(Shadow& s, const Instruction& in, const Operand& to, uint32_t fir
   }
 }
 
+// Scalars pass through lanes of a vector register with their state.
+void mark_lane(const Wave& w, Shadow& s, const Instruction& in, Reads reads) {
+  const Operand &to = in.op[0], &from = in.op[1];
+  uint64_t lane = selected_lane(w, in);
+  if (reads == Reads::kFromLane) {
+    if (to.index < kSgprs) s.sgpr_written[to.index] = s.written[from.index] & lane;
+    return;
+  }
+  bool is_written = from.kind != kSgpr || from.index >= kSgprs || s.sgpr_written[from.index];
+  s.written[to.index] = is_written ? s.written[to.index] | lane : s.written[to.index] & ~lane;
+}
+
 void mark_written(Machine& m, Wave& w, const Instruction& in) {
   Shadow& s = *w.shadow;
   Reads reads = m.reads[w.pc];
+  if (reads == Reads::kFromLane || reads == Reads::kToLane) {
+    mark_lane(w, s, in, reads);
+    return;
+  }
   bool is_copy = reads == Reads::kCopy && !(in.flags & (kDpp | kSdwa)) && in.op_count == 2;
   uint64_t lanes = in.flags & kIgnoresExec ? ~0ull : s.exec;
-  if (reads == Reads::kKeepsOld && (in.flags & kIgnoresExec)) {  // v_writelane
-    lanes = lanes_read(w, in, Reads::kSelectedLane);
+  uint64_t high = lanes;  // lanes whose sum has a high half
+  if (reads == Reads::kWideAddend) {
+    const Operand& addend = in.op[kAddend];
+    if (addend.kind == kVgpr && addend.index + 1u < kVgprs) high &= s.written[addend.index + 1];
+    if (addend.kind == kSgpr && addend.index + 1u < kSgprs && !s.sgpr_written[addend.index + 1]) {
+      high = 0;
+    }
   }
   for_each_register(w, in, [&](const Operand& o, uint32_t first, bool, bool is_written) {
     if (!is_written) return;
@@ -171,7 +217,10 @@ void mark_written(Machine& m, Wave& w, const Instruction& in) {
     }
     uint32_t end = std::min<uint32_t>(first + o.width, o.kind == kVgpr ? kVgprs : kSgprs);
     for (uint32_t r = first; r < end; ++r) {
-      if (o.kind == kVgpr) {
+      if (o.kind == kVgpr) s.lds_source[r] = 0;
+      if (o.kind == kVgpr && &o == &in.op[0] && r == first + 1) {
+        s.written[r] = (s.written[r] & ~lanes) | high;
+      } else if (o.kind == kVgpr) {
         s.written[r] |= lanes;
       } else {
         s.sgpr_written[r] = true;
@@ -285,44 +334,76 @@ void issue(Wave& w, const Instruction& in) {
   }
 }
 
+bool is_lds_load(const Instruction& in) {
+  return (in.counter == kLdsCounter || in.counter == kFlatCounter) && (in.flags & kLoad);
+}
+
 void report_race(Wave& w, int lane, uint32_t other, uint32_t address) {
   report(w, FindingKind::kLdsRace, lane, other, address);
 }
 
-void track_cell(Machine& m, Wave& w, int lane, uint32_t dword, uint8_t mask, Access access) {
-  LdsCell& cell = m.lds_cells[dword];
-  uint32_t epoch = w.group->epoch, address = dword * 4;
-  bool is_same_bytes = cell.write_bytes & mask;
-  if (is_same_bytes && cell.copy != 0 && m.checks_for(kCheckWaits)) {
-    report(w, FindingKind::kMissingWait, lane, kLdsDetail | address, cell.write_instruction);
-  } else if (is_same_bytes && cell.write_epoch == epoch && cell.writer != w.id &&
-             !(cell.is_atomic && access == Access::kAtomic) && m.checks_for(kCheckRaces)) {
-    report_race(w, lane, cell.write_instruction, address);
-  }
-  bool is_foreign_read = cell.readers & ~(1u << w.id);
-  if (access != Access::kLoad && cell.read_epoch == epoch && is_foreign_read &&
-      (cell.read_bytes & mask) && m.checks_for(kCheckRaces)) {
-    report_race(w, lane, cell.read_instruction, address);
-  }
-  if (access != Access::kStore && (mask & ~cell.initialised) &&
-      m.checks_for(kCheckUninitialised)) {
+// Bytes never written: of an atomic reported at once, of a load where its register is used.
+void load_unwritten(Wave& w, int lane, uint32_t address, int reg) {
+  Shadow& s = *w.shadow;
+  if (reg < 0) {
     report(w, FindingKind::kUninitialisedLds, lane, address);
+    return;
   }
-  if (access == Access::kLoad) {
+  s.written[reg] &= ~(1ull << lane);
+  s.lds_source[reg] = address + 1;
+}
+
+struct CellAccess {
+  int lane;
+  uint32_t dword;     // of LDS
+  uint8_t mask;       // its bytes
+  Access access;
+  bool changes;       // a store of other values than LDS holds
+  int load_register;  // -1: none
+};
+
+void track_cell(Machine& m, Wave& w, const CellAccess& a) {
+  LdsCell& cell = m.lds_cells[a.dword];
+  uint32_t epoch = w.group->epoch, address = a.dword * 4, self = 1u << w.id;
+  bool is_same_bytes = cell.write_bytes & a.mask, is_same_epoch = cell.write_epoch == epoch;
+  bool is_load = a.access == Access::kLoad;
+  // A wave that wrote the same values itself reads its own.
+  bool is_foreign = is_load ? !(cell.writers & self) : (cell.writers & ~self) && a.changes;
+  if (is_same_bytes && cell.copy != 0 && m.checks_for(kCheckWaits)) {
+    report(w, FindingKind::kMissingWait, a.lane, kLdsDetail | address, cell.write_instruction);
+  } else if (is_same_bytes && is_same_epoch && is_foreign &&
+             !(cell.is_atomic && a.access == Access::kAtomic) && m.checks_for(kCheckRaces)) {
+    report_race(w, a.lane, cell.write_instruction, address);
+  }
+  bool is_foreign_read = cell.readers & ~self;
+  if (!is_load && a.changes && cell.read_epoch == epoch && is_foreign_read &&
+      (cell.read_bytes & a.mask) && m.checks_for(kCheckRaces)) {
+    report_race(w, a.lane, cell.read_instruction, address);
+  }
+  if (a.access != Access::kStore && (a.mask & ~cell.initialised) &&
+      m.checks_for(kCheckUninitialised)) {
+    load_unwritten(w, a.lane, address, a.load_register);
+  }
+  if (is_load) {
     if (cell.read_epoch != epoch) cell.readers = 0, cell.read_bytes = 0;
     cell.read_epoch = epoch;
-    cell.readers |= static_cast<uint16_t>(1u << w.id);
-    cell.read_bytes |= mask;
+    cell.readers |= static_cast<uint16_t>(self);
+    cell.read_bytes |= a.mask;
     cell.read_instruction = w.pc;
     return;
   }
-  if (cell.write_epoch != epoch || cell.writer != w.id) cell.write_bytes = 0;
+  bool adds_writer = is_same_epoch && !a.changes && cell.copy == 0;
+  if (!adds_writer) {
+    if (!is_same_epoch || cell.writer != w.id) cell.write_bytes = 0;
+    cell.writers = 0;
+  }
+  cell.writers |= static_cast<uint16_t>(self);
   cell.write_epoch = epoch;
   cell.writer = static_cast<uint8_t>(w.id);
-  cell.write_bytes |= mask;
+  cell.write_bytes |= a.mask;
   cell.write_instruction = w.pc;
-  cell.initialised |= mask;
-  cell.is_atomic = access == Access::kAtomic;
+  cell.initialised |= a.mask;
+  cell.is_atomic = a.access == Access::kAtomic;
   cell.copy = 0;
 }
 
@@ -367,6 +448,9 @@ void before_instruction(Machine& m, Wave& w, const Instruction& in) {
   if (m.checks_for(kCheckWaits)) check_outstanding(m, w, in);
   if (m.checks_for(kCheckUninitialised)) check_initialised(m, w, in);
   if (in.counter != kNoCounter) issue(w, in);
+  // Loads from LDS take back what they find unwritten.
+  if (m.checks_for(kCheckUninitialised) && is_lds_load(in)) mark_written(m, w, in);
+  w.shadow->load_register = -1;
 }
 
 void after_instruction(Machine& m, Wave& w, const Instruction& in) {
@@ -374,7 +458,7 @@ void after_instruction(Machine& m, Wave& w, const Instruction& in) {
     wait(m, w, in);
     return;
   }
-  if (m.checks_for(kCheckUninitialised)) mark_written(m, w, in);
+  if (m.checks_for(kCheckUninitialised) && !is_lds_load(in)) mark_written(m, w, in);
   if (m.checks_for(kCheckWaits)) mark_outstanding(w, in);
 }
 
@@ -405,12 +489,19 @@ void finish_wave(Machine& m, Wave& w) {
   land_copies(m, w);
 }
 
-void track_lds(Machine& m, Wave& w, int lane, uint32_t address, uint32_t bytes, Access access) {
+void track_lds(Machine& m, Wave& w, int lane, uint32_t address, uint32_t bytes, Access access,
+               const void* value) {
   if (m.lds_cells.empty()) return;
+  CellAccess a{lane, 0, 0, access, true, -1};
+  if (access == Access::kStore) a.changes = std::memcmp(w.group->lds + address, value, bytes) != 0;
+  int reg = access == Access::kLoad ? w.shadow->load_register : -1;
   uint32_t end = address + bytes;
   for (uint32_t at = address; at < end; at = (at | 3) + 1) {
     uint32_t first = at & 3, last = std::min(4u, end - (at & ~3u));
-    track_cell(m, w, lane, at / 4, static_cast<uint8_t>((1u << last) - (1u << first)), access);
+    a.dword = at / 4;
+    a.mask = static_cast<uint8_t>((1u << last) - (1u << first));
+    a.load_register = reg < 0 ? -1 : reg + static_cast<int>((at - address) / 4);
+    track_cell(m, w, a);
   }
 }
 
@@ -429,7 +520,7 @@ void track_copy(Machine& m, Wave& w, int lane, uint32_t address, uint32_t bytes,
   copy.address[lane] = address;
   if (m.late_dma) std::memcpy(copy.data[lane], value, bytes);
   if (m.lds_cells.empty()) return;
-  track_lds(m, w, lane, address, bytes, Access::kStore);
+  track_lds(m, w, lane, address, bytes, Access::kStore, value);
   for (uint32_t byte = 0; byte < bytes; byte += 4) {
     m.lds_cells[(address + byte) / 4].copy = copy.issue;
   }

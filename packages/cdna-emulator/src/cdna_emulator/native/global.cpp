@@ -74,6 +74,7 @@ struct FlatSpace {
 // Text order: vdst, vaddr[, saddr].
 template <class Space, int kBytes, bool kSigned = false, Half kHalf = Half::kWhole>
 void load(Wave& w, const Instruction& in) {
+  if (w.machine->is_tracked) w.shadow->load_register = in.op[0].index;  // should it lie in LDS
   for_each_lane(w.exec(), [&](int lane) {
     uint64_t address = Space::address(w, in, in.op[1], in.op[2], lane);
     Space::with_bytes(w, lane, address, kBytes, false, [&](const uint8_t* bytes) {

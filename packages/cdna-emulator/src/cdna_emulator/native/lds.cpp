@@ -94,6 +94,7 @@ template <int kBytes, bool kSigned, Half kHalf>
 void read_at(Wave& w, int reg, const Addresses& a) {
   constexpr uint32_t kAlignment = kBytes < 4 ? kBytes : 4;
   bool is_plain = check(w, a, kBytes, kAlignment) && !w.machine->is_tracked;
+  if (w.machine->is_tracked) w.shadow->load_register = reg;
   const uint8_t* lds = w.group->lds;
   for_each_lane(w.exec(), [&](int lane) {
     uint8_t value[kBytes] = {};

@@ -40,6 +40,8 @@ struct Outstanding {
 // Checkers' state of one wave.
 struct Shadow {
   uint64_t written[kVgprs];       // per register: lanes that were ever written
+  uint32_t lds_source[kVgprs];    // 1 + LDS address of bytes never written that were loaded, or 0
+  int load_register = -1;         // where the LDS load being executed puts its first dword
   Outstanding vgpr[kVgprs];       // loads that may still be on their way
   Outstanding sgpr[kSgprs];
   bool sgpr_written[kSgprs];
@@ -72,7 +74,8 @@ struct LdsCell {
   uint32_t read_epoch, read_instruction;
   uint32_t copy;      // number in the writer's vector memory queue while a copy is on its way, or 0
   uint16_t readers;   // waves that read in read_epoch
-  uint8_t writer;     // wave
+  uint16_t writers;   // waves that wrote these values in write_epoch
+  uint8_t writer;     // the last of them
   uint8_t write_bytes, read_bytes;
   uint8_t initialised;
   bool is_atomic;     // of the last write
@@ -88,8 +91,11 @@ enum class Reads : uint8_t {
   kAll,             // every active lane of every source
   kCopy,            // passes on whether its source was written
   kFirstLane,       // one lane, the first active one
-  kSelectedLane,    // one lane, given by the second source
+  kFromLane,        // a scalar kept in a lane comes back
+  kToLane,          // a scalar is kept in a lane
   kKeepsOld,        // the destination is read only to keep a part of it
+  kPair,            // of a pair of registers those that op_sel and op_sel_hi select
+  kWideAddend,      // the high half of the addend counts for the high half of the sum
 };
 
 struct Machine {
@@ -129,8 +135,9 @@ void check_barrier_arrival(Machine& m, Wave& w);
 void check_barrier_release(Machine& m);
 // The wave ended: what it left on its way lands.
 void finish_wave(Machine& m, Wave& w);
-// Shadow of an LDS access that is in bounds.
-void track_lds(Machine& m, Wave& w, int lane, uint32_t address, uint32_t bytes, Access access);
+// Shadow of an LDS access that is in bounds, before it happens; `value` is what a store writes.
+void track_lds(Machine& m, Wave& w, int lane, uint32_t address, uint32_t bytes, Access access,
+               const void* value = nullptr);
 // Records a copy to LDS that is in bounds; the bytes are kept when copies land late.
 void track_copy(Machine& m, Wave& w, int lane, uint32_t address, uint32_t bytes, const void* value);
 

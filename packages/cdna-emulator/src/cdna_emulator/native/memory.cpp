@@ -44,7 +44,9 @@ bool lds_load(Wave& w, int lane, uint32_t address, uint32_t bytes, void* value) 
 
 bool lds_store(Wave& w, int lane, uint32_t address, uint32_t bytes, const void* value) {
   if (!in_lds(w, lane, address, bytes)) return false;
-  if (w.machine->is_tracked) track_lds(*w.machine, w, lane, address, bytes, Access::kStore);
+  if (w.machine->is_tracked) {
+    track_lds(*w.machine, w, lane, address, bytes, Access::kStore, value);
+  }
   std::memcpy(w.group->lds + address, value, bytes);
   return true;
 }
