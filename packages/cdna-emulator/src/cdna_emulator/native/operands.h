@@ -73,7 +73,7 @@ inline int vgpr_number(Wave& w, const Operand& o, int source) {
 // --- lanes ---
 
 // Lane that `lane` reads under a DPP control; -1 when there is none.
-inline int dpp_source(uint32_t control, int lane) {
+constexpr int dpp_source(uint32_t control, int lane) {
   int row = lane & ~15, in_row = lane & 15, amount = static_cast<int>(control & 15);
   if (control < 0x100) return (lane & ~3) | static_cast<int>(control >> (2 * (lane & 3)) & 3);
   if (control < kRowShr) return in_row + amount < 16 ? lane + amount : -1;
@@ -90,23 +90,55 @@ inline int dpp_source(uint32_t control, int lane) {
   return row | amount;  // kRowNewbcast
 }
 
-// A lane that EXEC disables is no source either: it counts as lying outside.
-inline int dpp_source(const Wave& w, const Instruction& in, int lane) {
-  int from = dpp_source(in.dpp_control, lane);
-  return from >= 0 && (w.exec() >> from & 1) ? from : -1;
+constexpr int kDppControls = kRowNewbcast + 16;
+
+struct DppTable {
+  uint64_t valid[kDppControls] = {};        // lanes that have a source
+  uint8_t from[kDppControls][kLanes] = {};  // 0 where there is none
+  constexpr DppTable() {
+    for (int control = 0; control < kDppControls; ++control) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        int source = dpp_source(static_cast<uint32_t>(control), lane);
+        if (source < 0) continue;
+        valid[control] |= 1ull << lane;
+        from[control][lane] = static_cast<uint8_t>(source);
+      }
+    }
+  }
+};
+
+inline const DppTable kDppTable;
+
+// Lanes that find a source. One that EXEC disables is none: it counts as lying outside.
+inline uint64_t dpp_valid(const Wave& w, const Instruction& in) {
+  uint64_t valid = kDppTable.valid[in.dpp_control], exec = w.exec();
+  if (exec == ~0ull) return valid;
+  const uint8_t* from = kDppTable.from[in.dpp_control];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    valid &= ~(static_cast<uint64_t>(!(exec >> from[lane] & 1)) << lane);
+  }
+  return valid;
 }
 
 // Lanes a vector instruction writes: EXEC, less those that DPP disables.
 inline uint64_t write_mask(const Wave& w, const Instruction& in) {
   uint64_t mask = w.exec();
   if (!(in.flags & kDpp)) return mask;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    bool enabled = (in.row_mask >> (lane >> 4) & 1) && (in.bank_mask >> (lane >> 2 & 3) & 1);
-    if (!enabled || (!(in.flags & kBoundCtrl) && dpp_source(w, in, lane) < 0)) {
-      mask &= ~(1ull << lane);
-    }
+  uint64_t rows = 0, banks = 0;
+  for (int k = 0; k < 4; ++k) {
+    rows |= in.row_mask >> k & 1 ? 0xffffull << (16 * k) : 0;
+    banks |= in.bank_mask >> k & 1 ? 0x000f000f000f000full << (4 * k) : 0;
   }
-  return mask;
+  return mask & rows & banks & (in.flags & kBoundCtrl ? ~0ull : dpp_valid(w, in));
+}
+
+// What each lane reads under DPP: zero where there is no source.
+inline void dpp_lanes(const Wave& w, const Instruction& in, const uint32_t* lanes, uint32_t* to) {
+  const uint8_t* from = kDppTable.from[in.dpp_control];
+  uint64_t valid = dpp_valid(w, in);
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = lanes[from[lane]];
+  if (valid == ~0ull) return;
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = valid >> lane & 1 ? to[lane] : 0;
 }
 
 inline uint32_t sdwa_select(uint32_t value, uint8_t select, bool sext) {
@@ -130,10 +162,7 @@ inline const uint32_t* fetch32(Wave& w, const Instruction& in, const Operand& o,
   if (o.kind == kVgpr) {
     lanes = w.v[vgpr_number(w, o, source)].lane;
     if ((in.flags & kDpp) && source == 0) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        int from = dpp_source(w, in, lane);
-        buffer.lane[lane] = from < 0 ? 0 : lanes[from];
-      }
+      dpp_lanes(w, in, lanes, buffer.lane);
       lanes = buffer.lane;
     }
   } else {
@@ -160,12 +189,12 @@ inline const uint64_t* fetch64(Wave& w, const Instruction& in, const Operand& o,
   }
   int number = vgpr_number(w, o, source);
   const uint32_t *low = w.v[number].lane, *high = w.v[number + 1].lane;
+  Lanes moved_low, moved_high;
   if ((in.flags & kDpp) && source == 0) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      int from = dpp_source(w, in, lane);
-      buffer.lane[lane] = from < 0 ? 0 : low[from] | static_cast<uint64_t>(high[from]) << 32;
-    }
-    return buffer.lane;
+    dpp_lanes(w, in, low, moved_low.lane);
+    dpp_lanes(w, in, high, moved_high.lane);
+    low = moved_low.lane;
+    high = moved_high.lane;
   }
   for (int lane = 0; lane < kLanes; ++lane) {
     buffer.lane[lane] = low[lane] | static_cast<uint64_t>(high[lane]) << 32;

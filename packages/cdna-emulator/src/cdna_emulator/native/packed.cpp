@@ -110,14 +110,12 @@ constexpr auto kSelectPropagating = [](const Mode&, const u32* const* s, u32* r)
 // --- pairs of 32-bit values ---
 
 // The low or high word of a source, as `high` says.
-void fetch_word(Wave& w, const Operand& o, int source, bool high, Lanes& to) {
-  if (o.kind == kVgpr) {
-    std::memcpy(to.lane, w.v[vgpr_number(w, o, source) + high].lane, sizeof to.lane);
-    return;
-  }
+const u32* fetch_word(Wave& w, const Operand& o, int source, bool high, Lanes& buffer) {
+  if (o.kind == kVgpr) return w.v[vgpr_number(w, o, source) + high].lane;
   u64 value = scalar64(w, o);
   u32 word = static_cast<u32>(high ? value >> 32 : value);
-  for (u32& lane : to.lane) lane = word;
+  for (u32& lane : buffer.lane) lane = word;
+  return buffer.lane;
 }
 
 void put_words(Wave& w, const Instruction& in, const Lanes& low, const Lanes& high) {
@@ -134,13 +132,15 @@ void packed_floats(Wave& w, const Instruction& in) {
     Lanes lanes[N];
     const u32* s[N];
     for (int k = 0; k < N; ++k) {
-      fetch_word(w, in.op[1 + k], k, select >> k & 1, lanes[k]);
-      u32 sign = negate >> k & 1 ? F32::kSign : 0;
-      for (u32& x : lanes[k].lane) {
-        x ^= sign;
-        x = w.mode.flush_inputs32 ? flush32(x) : x;
+      s[k] = fetch_word(w, in.op[1 + k], k, select >> k & 1, lanes[k]);
+      if (negate >> k & 1) {
+        for (int lane = 0; lane < kLanes; ++lane) lanes[k].lane[lane] = s[k][lane] ^ F32::kSign;
+        s[k] = lanes[k].lane;
       }
-      s[k] = lanes[k].lane;
+      if (w.mode.flush_inputs32) {
+        for (int lane = 0; lane < kLanes; ++lane) lanes[k].lane[lane] = flush32(s[k][lane]);
+        s[k] = lanes[k].lane;
+      }
     }
     arithmetic_f32<N, F>(w.mode, s, result[half].lane);
     finish_f32(w, in, result[half].lane);
@@ -150,9 +150,11 @@ void packed_floats(Wave& w, const Instruction& in) {
 
 // The low result comes from source 0 and the high one from source 1; op_sel names their words.
 void packed_move(Wave& w, const Instruction& in) {
+  Lanes low_buffer, high_buffer;
   Lanes low, high;
-  fetch_word(w, in.op[1], 0, in.op_sel & 1, low);
-  fetch_word(w, in.op[2], 1, in.op_sel >> 1 & 1, high);
+  std::memcpy(low.lane, fetch_word(w, in.op[1], 0, in.op_sel & 1, low_buffer), sizeof low.lane);
+  std::memcpy(high.lane, fetch_word(w, in.op[2], 1, in.op_sel >> 1 & 1, high_buffer),
+              sizeof high.lane);
   put_words(w, in, low, high);
 }
 

@@ -60,21 +60,23 @@ u32 middle_signed16(u32 a, u32 b, u32 c) {
   return middle_signed(u32(signed16(a)), u32(signed16(b)), u32(signed16(c)));
 }
 
-// One byte of v_perm_b32: a byte of the pair, a repeated sign, or a constant.
-u32 permuted_byte(u64 bytes, u32 select) {
-  if (select >= 13) return 0xff;
-  if (select == 12) return 0;
-  if (select >= 8) return (bytes >> (16 * (select - 8) + 15) & 1) ? 0xff : 0;
-  return bytes >> (8 * select) & 0xff;
+// One byte of v_perm_b32: a byte of the pair.
+u32 selected_byte(u32 high, u32 low, u32 select) {
+  return (select & 4 ? high : low) >> (8 * (select & 3)) & 0xff;
 }
 
+// The same with all selectors: from 8 on the sign of every second byte repeated, 12 zeros, the rest
+// ones.
+u32 selected_pattern(u32 high, u32 low, u32 select) {
+  u32 sign = (select & 2 ? high : low) >> (select & 1 ? 31 : 15) & 1;
+  u32 pattern = select > 12 ? 0xff : select == 12 ? 0 : 0xff * sign;
+  return select < 8 ? selected_byte(high, low, select) : pattern;
+}
+
+template <auto F>
 u32 permute_bytes(u32 high, u32 low, u32 selects) {
-  u64 bytes = u64{high} << 32 | low;
-  u32 result = 0;
-  for (int byte = 0; byte < 4; ++byte) {
-    result |= permuted_byte(bytes, selects >> (8 * byte) & 0xff) << (8 * byte);
-  }
-  return result;
+  return F(high, low, selects & 0xff) | F(high, low, selects >> 8 & 0xff) << 8 |
+         F(high, low, selects >> 16 & 0xff) << 16 | F(high, low, selects >> 24) << 24;
 }
 
 u32 difference(u32 a, u32 b) { return a > b ? a - b : b - a; }
@@ -238,6 +240,21 @@ void multiply_add16(Wave& w, const Instruction& in) {
   }
   for (int lane = 0; lane < kLanes; ++lane) result.lane[lane] &= 0xffff;
   write16(w, in, in.op[0], result.lane, OtherHalf::kKeep);
+}
+
+// Selectors of plain bytes are nearly all there are, and quick.
+void permute(Wave& w, const Instruction& in) {
+  Lanes buffer[3], result;
+  const u32* s[3];
+  for (int k = 0; k < 3; ++k) s[k] = fetch32(w, in, in.op[1 + k], k, buffer[k]);
+  u32 others = 0;
+  for (int lane = 0; lane < kLanes; ++lane) others |= s[2][lane] & 0xf8f8f8f8;
+  if (others) {
+    apply_lanes<3, permute_bytes<selected_pattern>, u32>(s, result.lane);
+  } else {
+    apply_lanes<3, permute_bytes<selected_byte>, u32>(s, result.lane);
+  }
+  write32(w, in, in.op[0], result.lane);
 }
 
 // Bit i of the result is the bit of the truth table that bits i of the sources number.
@@ -434,7 +451,7 @@ constexpr NamedHandler kRows[] = {
      lanewise32<3, [](u32 a, u32 b, u32 c) { return (u64{a} << 32 | b) >> (c & 31); }>},
     {"v_alignbyte_b32",
      lanewise32<3, [](u32 a, u32 b, u32 c) { return (u64{a} << 32 | b) >> (8 * (c & 3)); }>},
-    {"v_perm_b32", lanewise32<3, permute_bytes>},
+    {"v_perm_b32", permute},
     {"v_add3_u32", lanewise32<3, [](u32 a, u32 b, u32 c) { return a + b + c; }>},
     {"v_add_lshl_u32", lanewise32<3, [](u32 a, u32 b, u32 c) { return (a + b) << (c & 31); }>},
     {"v_lshl_add_u32", lanewise32<3, [](u32 a, u32 b, u32 c) { return (a << (b & 31)) + c; }>},
