@@ -62,7 +62,7 @@ def test_lengths_promised_to_stay_must_stay():
         mla_core.decode(**arguments)
     arguments = make(fixed_lengths=True)
     arguments["plan"].qo_indptr[1] -= 1
-    with pytest.raises(LayoutError, match="query lengths in .* must stay"):
+    with pytest.raises(LayoutError, match=r"query lengths in .* must stay"):
         mla_core.decode(**arguments)
 
 
