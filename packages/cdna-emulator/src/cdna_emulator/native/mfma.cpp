@@ -355,29 +355,46 @@ const PackedFormat kPackedFormats[5] = {
 
 // A lane holds 32 values. Those of 6 and 4 bits are 32 consecutive k; those of 8 bits are two runs
 // of 16, half of the depth apart. Scale byte of lane group g: for the g-th 32 values of k.
-template <int kSize, int kDepth>
+template <int kSize, int kDepth, int kBits, bool kScaled>
+void load_values(const Wave& w, const Operand& o, const float* values, const double* scales,
+                 Factor<double, kSize, kDepth, 1>& factor) {
+  constexpr uint32_t kMask = (1u << kBits) - 1;
+  for (int element = 0; element < 32; ++element) {
+    int bit = element * kBits, shift = bit & 31;
+    const uint32_t* low = w.v[o.index + bit / 32].lane;
+    // A value of 6 bits may lie across two registers.
+    bool split = shift + kBits > 32;
+    const uint32_t* high = split ? w.v[o.index + bit / 32 + 1].lane : low;
+    int up = split ? 32 - shift : 31;
+    for (int group = 0; group < kLanes / kSize; ++group) {
+      int k = kBits == 8 ? element / 16 * (kDepth / 2) + 16 * group + element % 16
+                         : 32 * group + element;
+      const double* scale = scales + kSize * (k / 32);
+      double* to = factor.at[0][k];
+      for (int i = 0; i < kSize; ++i) {
+        uint32_t word = low[group * kSize + i] >> shift;
+        if constexpr (kBits == 6) word |= split ? high[group * kSize + i] << up : 0;
+        double value = values[word & kMask];
+        to[i] = kScaled ? value * scale[i] : value;
+      }
+    }
+  }
+}
+
+template <int kSize, int kDepth, bool kScaled>
 bool load_packed(Wave& w, const Operand& o, int which, const double* scales,
                  Factor<double, kSize, kDepth, 1>& factor) {
   if (which >= 5) {
     report(w, FindingKind::kUnsupported, -1, static_cast<uint64_t>(which));
     return false;
   }
-  PackedFormat format = kPackedFormats[which];
-  uint32_t mask = (1u << format.bits) - 1;
-  for (int element = 0; element < 32; ++element) {
-    int bit = element * format.bits, shift = bit & 31;
-    const uint32_t* low = w.v[o.index + bit / 32].lane;
-    bool split = shift + format.bits > 32;
-    const uint32_t* high = split ? w.v[o.index + bit / 32 + 1].lane : nullptr;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      uint32_t word = low[lane] >> shift;
-      if (split) word |= high[lane] << (32 - shift);
-      int group = lane / kSize;
-      int k = format.bits == 8 ? element / 16 * (kDepth / 2) + 16 * group + element % 16
-                               : 32 * group + element;
-      double scale = scales[kSize * (k / 32) + lane % kSize];
-      factor.at[0][k][lane % kSize] = format.values[word & mask] * scale;
-    }
+  const PackedFormat& format = kPackedFormats[which];
+  if (format.bits == 8) {
+    load_values<kSize, kDepth, 8, kScaled>(w, o, format.values, scales, factor);
+  } else if (format.bits == 6) {
+    load_values<kSize, kDepth, 6, kScaled>(w, o, format.values, scales, factor);
+  } else {
+    load_values<kSize, kDepth, 4, kScaled>(w, o, format.values, scales, factor);
   }
   return true;
 }
@@ -391,17 +408,15 @@ void load_scales(const Wave& w, const Operand& o, int byte, double* scales) {
 
 template <int kSize, int kDepth, bool kScaled>
 void matrix_packed(Wave& w, const Instruction& in) {
-  double scales_a[kLanes], scales_b[kLanes];
+  double scales_a[kLanes] = {}, scales_b[kLanes] = {};
   if constexpr (kScaled) {
     load_scales(w, in.op[4], (in.op_sel & 1) | (in.op_sel_hi & 1) << 1, scales_a);
     load_scales(w, in.op[5], (in.op_sel >> 1 & 1) | (in.op_sel_hi >> 1 & 1) << 1, scales_b);
-  } else {
-    for (int lane = 0; lane < kLanes; ++lane) scales_a[lane] = scales_b[lane] = 1.0;
   }
   Factor<double, kSize, kDepth, 1> a, b;
   Product<double, kSize, 1> product;
-  if (!load_packed(w, in.op[1], in.cbsz, scales_a, a)) return;
-  if (!load_packed(w, in.op[2], in.blgp, scales_b, b)) return;
+  if (!load_packed<kSize, kDepth, kScaled>(w, in.op[1], in.cbsz, scales_a, a)) return;
+  if (!load_packed<kSize, kDepth, kScaled>(w, in.op[2], in.blgp, scales_b, b)) return;
   load_product(w, in.op[3], product);
   multiply(a, b, product);
   store_product(w, in.op[0], product);
