@@ -35,7 +35,8 @@ void to_f32(Wave& w, const Instruction& in) {
 }
 
 inline float f32_of_i32(uint32_t x) { return static_cast<float>(static_cast<int32_t>(x)); }
-inline float f32_of_u32(uint32_t x) { return static_cast<float>(x); }
+// The compiler's vector code subtracts equal numbers for x = 0, which rounding down makes -0.
+inline float f32_of_u32(uint32_t x) { return x == 0 ? 0.0f : static_cast<float>(x); }
 template <int kByte>
 float f32_of_byte(uint32_t x) {
   return static_cast<float>(static_cast<int32_t>(x >> (8 * kByte) & 255));
@@ -56,7 +57,7 @@ void to_f64(Wave& w, const Instruction& in) {
 }
 
 inline double f64_of_i32(uint32_t x) { return static_cast<int32_t>(x); }
-inline double f64_of_u32(uint32_t x) { return x; }
+inline double f64_of_u32(uint32_t x) { return x == 0 ? 0.0 : static_cast<double>(x); }
 
 template <bool kSigned>
 void f16_of_16(Wave& w, const Instruction& in) {
