@@ -217,7 +217,6 @@ void mark_written(Machine& m, Wave& w, const Instruction& in) {
     }
     uint32_t end = std::min<uint32_t>(first + o.width, o.kind == kVgpr ? kVgprs : kSgprs);
     for (uint32_t r = first; r < end; ++r) {
-      if (o.kind == kVgpr) s.lds_source[r] = 0;
       if (o.kind == kVgpr && &o == &in.op[0] && r == first + 1) {
         s.written[r] = (s.written[r] & ~lanes) | high;
       } else if (o.kind == kVgpr) {
@@ -225,6 +224,7 @@ void mark_written(Machine& m, Wave& w, const Instruction& in) {
       } else {
         s.sgpr_written[r] = true;
       }
+      if (o.kind == kVgpr && s.written[r] == ~0ull) s.lds_source[r] = 0;
     }
   });
 }
