@@ -145,9 +145,11 @@ class Writer:
                 operands.append(self.source(slot, form, which, state))
             which += 1
         text = f"{op.name}{suffix} " + ", ".join(operands)
-        return (text + self._modifiers(op, form, which, floats)).strip()
+        # No document says which half op_sel takes of a constant.
+        selects = all(operand.strip("-|")[0] in "vas" for operand in operands)
+        return (text + self._modifiers(op, form, which, floats, selects)).strip()
 
-    def _modifiers(self, op: OpSpec, form: str, count: int, floats: bool) -> str:
+    def _modifiers(self, op: OpSpec, form: str, count: int, floats: bool, selects: bool) -> str:
         if form == "dpp":
             return self._dpp()
         words = []
@@ -158,16 +160,22 @@ class Writer:
             words.append(f"bitop3:{int(self.rng.integers(256)):#x}")
         if form in ("e64", "plain"):
             if packed or "_mix" in op.name or "dot" in op.name or "pk_" in op.name:
-                words += [
-                    f"{key}:{self._bits(count)}"
-                    for key in ("op_sel", "op_sel_hi", "neg_lo", "neg_hi")
-                    if self.chance(0.3)
-                ]
-            if "16" in op.name or "8" in op.name or "fp4" in op.name:
+                keys = ["op_sel", "op_sel_hi"]
+                if op.name.endswith(("_f16", "_bf16", "_f32")):
+                    # Only floats are negated.
+                    keys += ["neg_lo", "neg_hi"]
+                words += [f"{key}:{self._bits(count)}" for key in keys if self.chance(0.3)]
+                if "dot2" in op.name:
+                    # Nor do documents say what these do to a third source of 32 bits.
+                    words = [re.sub(r"(neg_..:.*),[01]\]", r"\1,0]", word) for word in words]
+            if selects and ("16" in op.name or "8" in op.name or "fp4" in op.name):
                 extra = 1 if self.chance(0.7) else 0
                 if self.chance(0.4) and not any("op_sel" in word for word in words):
                     words.append(f"op_sel:{self._bits(min(4, count + extra))}")
-        if form != "e32" and self.chance(0.25):
+                if "scalef32_sr" in op.name:
+                    # The first two numbers choose part of a source whose use is not documented.
+                    words = [re.sub(r"op_sel:.[01],[01]", "op_sel:[0,0", word) for word in words]
+        if form != "e32" and "div_scale" not in op.name and self.chance(0.25):
             words.append("clamp")
         if form in ("e64", "plain", "sdwa") and floats and self.chance(0.2):
             words.append(self.pick(("mul:2", "mul:4", "div:2")))
@@ -187,7 +195,9 @@ class Writer:
     def _sdwa(self, op: OpSpec, count: int) -> list[str]:
         words = []
         if op.slots and op.slots[0].type != "mask":
-            words += [f"dst_sel:{self.pick(_SELECTS)}", f"dst_unused:{self.pick(_UNUSED)}"]
+            # The sign of a NaN, which UNUSED_SEXT would spread, is not documented.
+            unused = tuple(x for x in _UNUSED if "SEXT" not in x or op.slots[0].type[0] in "iub")
+            words += [f"dst_sel:{self.pick(_SELECTS)}", f"dst_unused:{self.pick(unused)}"]
         words += [f"src{k}_sel:{self.pick(_SELECTS)}" for k in range(min(count, 2))]
         return words
 

@@ -263,7 +263,8 @@ _VECTOR_THREE_SOURCES = (
         " v_perm_b32 v_add3_u32 v_add_lshl_u32 v_lshl_add_u32 v_lshl_or_b32 v_and_or_b32 v_or3_b32"
         " v_xad_u32 v_mad_{i32_i24,u32_u24} v_sad_{u8,hi_u8,u16,u32} v_msad_u8 v_lerp_u8",
     ),
-    (_VALU, "d:b32 s:b32 s:b32 s:b32", "v_bitop3_{b32,b16} v_ashr_pk_{i8,u8}_i32", "gfx950"),
+    (_VALU, "d:b32 s:b32 s:b32 s:b32", "v_bitop3_b32 v_ashr_pk_{i8,u8}_i32", "gfx950"),
+    (_VALU, "d:u16 s:u16 s:u16 s:u16", "v_bitop3_b16", "gfx950"),
     (_VALU, "d:b64 s:b64 s:b32 s:b64", "v_lshl_add_u64"),
     (_VALU, "d:u16 s:u16 s:u16 s:u16", "v_{min3,max3,med3}_{i16,u16} v_mad_{i16,u16,legacy_u16}"),
     (_VALU, "d:u32 s:u16 s:u16 s:u32", "v_mad_{u32_u16,i32_i16}"),

@@ -35,8 +35,20 @@ void to_f32(Wave& w, const Instruction& in) {
 }
 
 inline float f32_of_i32(uint32_t x) { return static_cast<float>(static_cast<int32_t>(x)); }
-// The compiler's vector code subtracts equal numbers for x = 0, which rounding down makes -0.
-inline float f32_of_u32(uint32_t x) { return x == 0 ? 0.0f : static_cast<float>(x); }
+void f32_of_u32(Wave& w, const Instruction& in) {
+  Lanes buffer, result;
+  const uint32_t* x = fetch32(w, in, in.op[1], 0, buffer);
+  {
+    RoundingScope rounding(w.mode.round32);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      result.lane[lane] = as_bits(static_cast<float>(x[lane]));
+    }
+  }
+  // The compiler's vector code subtracts equal numbers for 0, which rounding down makes -0.
+  for (int lane = 0; lane < kLanes; ++lane) result.lane[lane] &= 0x7fffffff;
+  finish_f32(w, in, result.lane);
+  write32(w, in, in.op[0], result.lane);
+}
 template <int kByte>
 float f32_of_byte(uint32_t x) {
   return static_cast<float>(static_cast<int32_t>(x >> (8 * kByte) & 255));
@@ -380,7 +392,7 @@ void half_stochastic(Wave& w, const Instruction& in) {
 
 const NamedHandler kHandlers[] = {
     {"v_cvt_f32_i32", to_f32<f32_of_i32>},
-    {"v_cvt_f32_u32", to_f32<f32_of_u32>},
+    {"v_cvt_f32_u32", f32_of_u32},
     {"v_cvt_f32_ubyte0", to_f32<f32_of_byte<0>>},
     {"v_cvt_f32_ubyte1", to_f32<f32_of_byte<1>>},
     {"v_cvt_f32_ubyte2", to_f32<f32_of_byte<2>>},

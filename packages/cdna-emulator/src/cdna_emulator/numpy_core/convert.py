@@ -65,7 +65,7 @@ for _name, _function in (
         "v_cvt_rpi_i32_f32",
         # The sum is rounded to f32, as LLVM relies on for the pattern floor(x + 0.5).
         lambda s, a: to_integer(
-            np.floor(rounding.add(a, np.full_like(a, 0.5), s.mode.round32)), np.int32
+            np.floor(rounding.add(a, np.full_like(a, 0.5), rounding.NEAREST)), np.int32
         ),
     ),
     ("v_cvt_flr_i32_f32", lambda s, a: to_integer(np.floor(a), np.int32)),

@@ -152,13 +152,19 @@ def _wide_values(
     if packing == "pk32_":
         return _fields(raw(state, inst, 1, width), width, 32)
     if packing == "pk_" and width == 32 and not stochastic:
-        return [_signed(inst, k, raw(state, inst, k, 1)[0]) for k in (1, 2)]
+        return [_flushed(state, _signed(inst, k, raw(state, inst, k, 1)[0])) for k in (1, 2)]
     if packing == "pk_":
         return _fields(raw(state, inst, 1, width // 16), width, 2)
     word = raw(state, inst, 1, 1)[0]
     if width == 32:
-        return [_signed(inst, 1, word)]
+        return [_flushed(state, _signed(inst, 1, word))]
     return [word >> _U32(16) if bits(inst, "op_sel", 0)[0] else word & _U32(0xFFFF)]
+
+
+def _flushed(state: WaveState, word: Array) -> Array:
+    """Flush f32 denormals as the mode says."""
+    single = np.ascontiguousarray(word).view(np.float32)
+    return np.ascontiguousarray(rounding.flush(single, state.mode.flush_inputs32)).view(np.uint32)
 
 
 def _signed(inst: Instruction, position: int, word: Array) -> Array:

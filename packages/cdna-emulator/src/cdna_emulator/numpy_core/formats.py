@@ -97,7 +97,9 @@ def nan_code(form: Format) -> int:
     """Return the code that conversions give for NaN."""
     if form.infinity == "fnuz":
         return 1 << (form.bits - 1)
-    return (1 << (form.bits - 1)) - 1
+    largest = (1 << (form.bits - 1)) - 1
+    # Infinity with the top mantissa bit is the quiet NaN.
+    return largest if form.infinity != "ieee" else largest & ~1 if form.mantissa == 2 else largest
 
 
 def encode(values: Array, form: Format, *, saturate: bool = True) -> Array:

@@ -24,10 +24,7 @@ _SIXTEEN = frozenset(("f16", "bf16", "u16", "i16"))
 #: 16-bit instructions that write one half of the destination and keep the other. All other ones
 #: clear the upper half.
 _KEEPS_OTHER_HALF = (
-    "v_mad_f16 v_fma_f16 v_div_fixup_f16 v_mad_u16 v_mad_i16 v_add_i16 v_sub_i16 v_bitop3_b16"
-    " v_fma_mixlo_f16 v_mad_mixlo_f16 v_ashr_pk_i8_i32 v_ashr_pk_u8_i32"
-    " v_min3_f16 v_max3_f16 v_med3_f16 v_min3_i16 v_max3_i16 v_med3_i16 v_min3_u16 v_max3_u16"
-    " v_med3_u16"
+    "v_mad_f16 v_fma_f16 v_div_fixup_f16 v_mad_u16 v_mad_i16 v_fma_mixlo_f16 v_mad_mixlo_f16"
 )
 _BYTE_0, _WORD_0, _DWORD = 0, 4, 6
 _PRESERVE, _SIGN = 2, 1

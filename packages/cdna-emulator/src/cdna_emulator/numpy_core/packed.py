@@ -91,7 +91,9 @@ _packed_half("v_pk_maximum3_f16", lambda m, a, b, c: ieee_maximum(ieee_maximum(a
 # --- two 16-bit integers
 
 
-def _packed_integer(name: str, dtype: type, formula: Callable[..., Array]) -> None:
+def _packed_integer(
+    name: str, dtype: type, formula: Callable[..., Array], *, clamps: bool = True
+) -> None:
     @handler(name)
     def execute(state: WaveState, inst: Instruction) -> None:
         pairs = [_parts(state, inst, k, 16, negates=False) for k in range(len(sources(inst)))]
@@ -99,7 +101,7 @@ def _packed_integer(name: str, dtype: type, formula: Callable[..., Array]) -> No
         for side in (0, 1):
             seen = [p[side].astype(np.uint16).view(dtype).astype(np.int64) for p in pairs]
             exact = formula(*seen)
-            if "clamp" in inst.modifiers:
+            if clamps and "clamp" in inst.modifiers:
                 exact = np.clip(exact, np.iinfo(dtype).min, np.iinfo(dtype).max)
             halves.append(exact.astype(np.uint16).astype(np.uint32))
         _put(state, inst, (halves[0] | halves[1] << _U32(16))[None])
@@ -112,7 +114,7 @@ for _suffix, _dtype in (("i16", np.int16), ("u16", np.uint16)):
     _packed_integer(f"v_pk_min_{_suffix}", _dtype, np.minimum)
     _packed_integer(f"v_pk_mad_{_suffix}", _dtype, lambda a, b, c: a * b + c)
 _packed_integer("v_pk_mul_lo_u16", np.uint16, lambda a, b: a * b)
-_packed_integer("v_pk_lshlrev_b16", np.uint16, lambda a, b: b << (a & 15))
+_packed_integer("v_pk_lshlrev_b16", np.uint16, lambda a, b: b << (a & 15), clamps=False)
 _packed_integer("v_pk_lshrrev_b16", np.uint16, lambda a, b: b >> (a & 15))
 _packed_integer("v_pk_ashrrev_i16", np.int16, lambda a, b: b >> (a & 15))
 
@@ -198,16 +200,19 @@ def _float_dot(
     def execute(state: WaveState, inst: Instruction) -> None:
         pairs = [_parts(state, inst, k, 16) for k in (0, 1)]
         total = np.ascontiguousarray(_accumulator(state, inst)).view(np.float32)
+        # Step by step in f32; whatever the mode says, no step gives a denormal.
+        total = rounding.flush(total, True)
         if len(sources(inst)) == 3 and bits(inst, "neg_lo", 0)[2]:
             total = -total
         with np.errstate(all="ignore"):
-            # Products of two halves are exact in f32; each sum is rounded.
-            products = [
-                convert(pairs[0][side]).astype(np.float32) * convert(pairs[1][side])
+            sides = [
+                [convert(pair[side]).astype(np.float32) for pair in pairs]
                 for side in (0, 1)
             ]
+            products = [rounding.flush(a * b, True) for a, b in sides]
             terms = [*products, total] if sums_products_first else [total, *products]
-            value = clamp_float(state, inst, (terms[0] + terms[1]) + terms[2])
+            partial = rounding.flush(terms[0] + terms[1], True)
+            value = clamp_float(state, inst, rounding.flush(partial + terms[2], True))
         _put(state, inst, np.ascontiguousarray(value).view(np.uint32)[None])
 
 
@@ -250,14 +255,11 @@ def _mix(state: WaveState, inst: Instruction) -> None:
     with np.errstate(all="ignore"):
         if name.startswith("v_mad"):
             value = rounding.add(rounding.mul(a, b, mode.round32), c, mode.round32)
-        elif name.endswith("f32"):
-            value = rounding.fma(a, b, c, mode.round32)
         else:
-            product = a.astype(np.float64) * b.astype(np.float64)
-            exact = rounding.odd_sum(product, c.astype(np.float64))
-            value = rounding.round_float(exact, np.float16, mode.round64)
+            value = rounding.fma(a, b, c, mode.round32)
         if name.endswith("f16"):
-            value = value.astype(np.float16)
+            # The sum is rounded to f32 first.
+            value = rounding.round_float(value.astype(np.float64), np.float16, mode.round64)
         value = modify_output(state, inst, value)
     old = state.vgpr[inst.operands[0].index]
     if name.endswith("f32"):

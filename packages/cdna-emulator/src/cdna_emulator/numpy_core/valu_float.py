@@ -251,6 +251,8 @@ def _div_fixup(step: Step, quotient: Array, denominator: Array, numerator: Array
         least = {np.float32: -150, np.float64: -1075}[kind]
         under = exponent_field(numerator) - exponent_field(denominator) < least
         result = np.where(under, _smallest(step, sign, kind), result)
+        # The refinement of a quotient that is too large ends in NaN.
+        result = np.where(np.isnan(result), _largest(step, sign, kind), result)
     infinite = (denominator == 0) | np.isinf(numerator)
     zero = np.isinf(denominator) | (numerator == 0)
     result = np.where(zero, kind(0), result)
@@ -267,6 +269,13 @@ def _smallest(step: Step, sign: Array, kind: type) -> Array:
     mode = step.mode.round32 if kind is np.float32 else step.mode.round64
     away = np.where(sign, mode == rounding.DOWN, mode == rounding.UP)
     return np.where(away, np.finfo(kind).smallest_subnormal, kind(0))  # type: ignore[operator]
+
+
+def _largest(step: Step, sign: Array, kind: type) -> Array:
+    """Return what an overflowing quotient rounds to, as a magnitude."""
+    mode = step.mode.round32 if kind is np.float32 else step.mode.round64
+    away = np.where(sign, mode == rounding.DOWN, mode == rounding.UP) | (mode == rounding.NEAREST)
+    return np.where(away, kind(np.inf), np.finfo(kind).max)  # type: ignore[operator]
 
 
 @lanewise("v_div_scale_f32 v_div_scale_f64")
@@ -353,7 +362,8 @@ def _cube_t(step: Step, x: Array, y: Array, z: Array) -> Array:
 @lanewise("v_cubema_f32")
 def _cube_axis(step: Step, x: Array, y: Array, z: Array) -> Array:
     on_z, on_y = _major(x, y, z)
-    return np.where(on_z, z, np.where(on_y, y, x)) * np.float32(2)
+    axis = np.where(on_z, z, np.where(on_y, y, x))
+    return rounding.add(axis, axis, step.mode.round32)
 
 
 # --- argument reduction

@@ -135,12 +135,18 @@ for _name, _function in (
     ("v_and_or_b32", lambda s, a, b, c: a & b | c),
     ("v_or3_b32", lambda s, a, b, c: a | b | c),
     ("v_xad_u32", lambda s, a, b, c: (a ^ b) + c),
-    ("v_lshl_add_u64", lambda s, a, b, c: (a << (b & _U32(7)).astype(_U64)) + c),
     ("v_alignbit_b32", lambda s, a, b, c: _align(a, b, c & _U32(31))),
     ("v_alignbyte_b32", lambda s, a, b, c: _align(a, b, (c & _U32(3)) * _U32(8))),
     ("v_prng_b32", lambda s, a: (a << _U32(1)) ^ (a >> _U32(31)) * _U32(197)),
 ):
     add_lanewise(_name, _function)
+
+
+@lanewise("v_lshl_add_u64")
+def _lshl_add_wide(step: Step, a: Array, b: Array, c: Array) -> Array:
+    # The count has three bits; above four it shifts by nothing.
+    count = b & _U32(7)
+    return (a << np.where(count > 4, 0, count).astype(_U64)) + c
 
 
 def _align(high: Array, low: Array, shift: Array) -> Array:
