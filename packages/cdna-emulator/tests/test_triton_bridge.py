@@ -26,7 +26,7 @@ from cdna_emulator.triton_bridge import (  # noqa: E402
     specialise,
 )
 
-KERNELS = Path(__file__).parent / "kernels" / "bridge.py"
+KERNELS = Path(__file__).with_name("bridge_kernels.py")
 COPY = f"{KERNELS}:scaled_copy"
 
 
@@ -262,11 +262,11 @@ def test_kernels_in_their_module(monkeypatch):
     spec = importlib.util.spec_from_file_location("bridge_kernels", KERNELS)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, "bridge", module)
+    monkeypatch.setitem(sys.modules, "bridge_kernels", module)
     monkeypatch.syspath_prepend(str(KERNELS.parent))
     own = module.tuned
     x = torch.zeros(128, dtype=torch.int32)
-    with replaced("gfx950", "bridge:tuned") as results:
+    with replaced("gfx950", "bridge_kernels:tuned") as results:
         module.tuned[(2,)](x, 100, BLOCK=64)
     assert module.tuned is own
     assert len(results) == 1

@@ -346,6 +346,8 @@ class EmulatedKernel:
             (64 * compiled.num_warps, 1, 1),
             [*special.passed, *scratch],
             arch=self.arch,
+            # Triton declares no LDS in the object and asks for it at each launch.
+            dynamic_lds=compiled.shared,
             **self.run_options,
         )
         if self.record is not None:

@@ -98,7 +98,7 @@ def stencil(rng, arch):
 def arguments(rng, arch, flag):
     o, byte = unset(8, dtype=torch.float64), torch.tensor([5], dtype=torch.uint8)
     value = 3 + 2**40 + 0.25
-    want = torch.arange(8) - (value * (2 if flag else 1) + 5)
+    want = torch.arange(8).double() - (value * (2 if flag else 1) + 5)
     return Launch((1,), (o, flag, 3, 2**40, 0.25, None, byte), expect=((o, want, 0),))
 
 

@@ -139,15 +139,15 @@ def _copy_tile(tile, pointer, at, FROM_GLOBAL: gl.constexpr):
 
 @gluon.jit
 def async_copy_words(x_ptr, o_ptr, n, BLOCK: gl.constexpr):
-    """Copy dwords through LDS, masked lanes filled; both architectures have this width."""
+    """Copy dwords through LDS, masked; both architectures have this width."""
     blocked: gl.constexpr = gl.BlockedLayout([1], [64], [4], [0])
     shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     i = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, blocked)
     tile = gl.allocate_shared_memory(gl.float32, [BLOCK], shared)
-    cdna4.async_copy.buffer_load_to_shared(tile, x_ptr, i, mask=i < n, other=3.0)
+    cdna4.async_copy.buffer_load_to_shared(tile, x_ptr, i, mask=i < n)
     cdna4.async_copy.commit_group()
     cdna4.async_copy.wait_group(0)
-    gl.store(o_ptr + i, tile.load(blocked))
+    gl.store(o_ptr + i, tile.load(blocked), mask=i < n)
 
 
 @gluon.jit

@@ -51,7 +51,7 @@ def matmul_bt(
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     a = tl.load(a_ptr + m[:, None] * K + k[None, :])
     b = tl.load(b_ptr + n[:, None] * K + k[None, :])
-    c = tl.dot(a, tl.trans(b), out_dtype=ACC)
+    c = tl.dot(a, tl.trans(b), input_precision="ieee", out_dtype=ACC)
     tl.store(c_ptr + m[:, None] * N + n[None, :], c)
 
 

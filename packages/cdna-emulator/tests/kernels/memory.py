@@ -124,11 +124,11 @@ def arguments(
 ):
     """Every kind of scalar argument."""
     i = tl.arange(0, N)
-    value = small + large.to(tl.float64) + real
+    value = large.to(tl.float64) + small + real
     if flag:
         value = value * 2
     if nothing is None:
         value = value + tl.load(byte_ptr)
     if SIGN:
         value = -value
-    tl.store(o_ptr + i, value + i)
+    tl.store(o_ptr + i, value + i.to(tl.float64))
