@@ -16,11 +16,20 @@ from cdna_emulator.profile import matrix_cycles
 
 _CYCLES_PER_PASS = 4
 _F64_SMALL = "4x4x4"
+#: Numbers of the operand formats fp6, bf6 and fp4.
+_SIX_OR_FOUR_BITS = (2, 3, 4)
 
 
-def passes(mnemonic: str, arch: str) -> int:
+def passes(instruction: Instruction, arch: str) -> int:
     """Return how many passes a matrix instruction takes."""
-    return matrix_cycles(mnemonic, arch) // _CYCLES_PER_PASS
+    if "gfx950" not in instruction.op.flags:
+        # Those that gfx950 inherited kept their passes, also where it has a wider, faster one.
+        arch = "gfx942"
+    count = matrix_cycles(instruction.mnemonic, arch) // _CYCLES_PER_PASS
+    formats = [instruction.modifiers.get(name, 0) for name in ("cbsz", "blgp")]
+    if "f8f6f4" in instruction.mnemonic and all(form in _SIX_OR_FOUR_BITS for form in formats):
+        count //= 2
+    return count
 
 
 def _is_f64(mnemonic: str) -> bool:
@@ -51,7 +60,7 @@ def matrix_waits(
     if _is_xdl(producer.mnemonic) and regs.is_valu(consumer):
         accumulated = regs.of_operand(producer.operands[3])
         if accumulated & regs.writes(consumer):
-            needed = passes(producer.mnemonic, arch) - 1
+            needed = passes(producer, arch) - 1
             yield needed, "overwrites the accumulator input of a matrix instruction"
     if _is_f64(producer.mnemonic) and consumer.mnemonic in ("v_fma_f64", "v_fmac_f64"):
         yield 2, "v_fma_f64 after a matrix instruction on f64"
@@ -63,12 +72,12 @@ def _until_result(producer: Instruction, arch: str, is_memory: bool) -> int:
         if _F64_SMALL in name:
             return 9 if is_memory else 6
         return 18 if is_memory else 11
-    return _overlap(name, arch, xdl_extra=3, other_extra=2)
+    return _overlap(producer, arch, xdl_extra=3, other_extra=2)
 
 
-def _overlap(mnemonic: str, arch: str, xdl_extra: int, other_extra: int) -> int:
-    count = passes(mnemonic, arch)
-    if not _is_xdl(mnemonic):
+def _overlap(producer: Instruction, arch: str, xdl_extra: int, other_extra: int) -> int:
+    count = passes(producer, arch)
+    if not _is_xdl(producer.mnemonic):
         return count + other_extra
     return count + xdl_extra + (arch == "gfx950" and count != 2)
 
@@ -84,7 +93,7 @@ def _matrix_after_matrix(
         if _is_f64(name):
             needed = 6 if _F64_SMALL in name else 11
         else:
-            needed = _overlap(name, arch, xdl_extra=3, other_extra=2)
+            needed = _overlap(producer, arch, xdl_extra=3, other_extra=2)
         yield needed, "matrix input is the result of a matrix instruction"
     accumulator = regs.of_operand(consumer.operands[3])
     if not result & accumulator:
@@ -93,12 +102,12 @@ def _matrix_after_matrix(
         # Results are forwarded to the accumulator input of the same registers.
         if _is_f64(name) and _F64_SMALL in name and _F64_SMALL in next_name:
             yield 4, "accumulator input is the result of a matrix instruction"
-        elif passes(name, arch) == 2:
+        elif passes(producer, arch) == 2:
             yield 2, "accumulator input is the result of a matrix instruction"
     elif _is_f64(name):
         if not _is_xdl(next_name):
             needed = 4 if _F64_SMALL in name else 9
             yield needed, "accumulator input overlaps the result of a matrix instruction"
     elif _is_xdl(name) or not _is_xdl(next_name):
-        needed = _overlap(name, arch, xdl_extra=1, other_extra=0)
+        needed = _overlap(producer, arch, xdl_extra=1, other_extra=0)
         yield needed, "accumulator input overlaps the result of a matrix instruction"
