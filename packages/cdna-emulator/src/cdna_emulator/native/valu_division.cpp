@@ -148,8 +148,8 @@ typename F::Bits fix_up(typename F::Bits quotient, typename F::Bits denominator,
   if constexpr (F::kFraction != F16::kFraction) {
     int difference = exponent_field<F>(numerator) - exponent_field<F>(denominator);
     if (difference < -Scaling<F>::kUnderflow) return underflow<F>(negative, round);
+    if (is_nan<F>(quotient)) return overflow<F>(negative, round);
   }
-  if (is_nan<F>(quotient)) return overflow<F>(negative, round);
   return sign | magnitude<F>(quotient);
 }
 
