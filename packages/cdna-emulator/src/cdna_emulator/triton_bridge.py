@@ -438,7 +438,7 @@ def bind(
             f"{name}: at most {len(parameters)} arguments must be passed, got {len(args)}"
         )
     values = {parameter.name: value for parameter, value in zip(parameters, args, strict=False)}
-    options = {}
+    options: dict[str, Any] = {}
     known = {parameter.name for parameter in parameters}
     for key, value in kwargs.items():
         if key in values:

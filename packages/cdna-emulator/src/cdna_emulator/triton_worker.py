@@ -18,14 +18,15 @@ import re
 import struct
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 _LENGTH = struct.Struct("<Q")
 
 
-def read_message(stream: BinaryIO) -> Any:
+def read_message(stream: IO[bytes]) -> Any:
     """Return the next message of a stream; EOFError when it is closed."""
     head = stream.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
@@ -37,7 +38,7 @@ def read_message(stream: BinaryIO) -> Any:
     return pickle.loads(body)
 
 
-def write_message(stream: BinaryIO, message: Any) -> None:
+def write_message(stream: IO[bytes], message: Any) -> None:
     """Send one message."""
     body = pickle.dumps(message)
     stream.write(_LENGTH.pack(len(body)) + body)
@@ -153,10 +154,10 @@ def _constant(value: Any) -> Any:
     return value
 
 
-OPERATIONS = {"describe": describe, "compile_kernel": compile_kernel}
+OPERATIONS: dict[str, Callable[..., Any]] = {"describe": describe, "compile_kernel": compile_kernel}
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Answer requests until the pipe is closed."""
     while True:
         try:

@@ -62,9 +62,12 @@ def emulated_triton(
     told = os.environ.get("TRITON_INTERPRET")
     # Backends take CPU tensors for Triton only where they believe the interpreter is on.
     os.environ["TRITON_INTERPRET"] = "1"
-    options = {"checks": checks, "schedule": schedule, "triton": triton}
+    every = (*CORE_KERNELS, *kernels)
     try:
-        with cpu_as(arch), replaced(arch, *CORE_KERNELS, *kernels, **options) as results:
+        with (
+            cpu_as(arch),
+            replaced(arch, *every, checks=checks, schedule=schedule, triton=triton) as results,
+        ):
             yield results
     finally:
         if told is None:
