@@ -80,9 +80,7 @@ def tests_gpu(session: nox.Session) -> None:
 
 
 @nox.session(python=False, requires=["wheels"], default=False)
-@nox.parametrize(
-    "package", ["cdna-emulator", "mla-core", "mla-triton", "mla-asm", "mla-fusions"]
-)
+@nox.parametrize("package", ["cdna-emulator", "mla-core", "mla-triton", "mla-asm", "mla-fusions"])
 def tests_isolated(session: nox.Session, package: str) -> None:
     """Run one package's tests against its wheel, with nothing but its declared dependencies."""
     place = ROOT / ".nox" / f"isolated-{package}"

@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 WITH_CODE = ("mla-core", "mla-triton", "mla-asm", "mla-fusions")
 ALL = (*WITH_CODE, "mla-kernels")
+#: Stands alone: it knows nothing of the packages above.
+EMULATOR = "cdna-emulator"
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -44,7 +46,7 @@ def requirement_names(requirements: list[str]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", (*ALL, EMULATOR))
 def test_every_project_says_the_same_about_itself(name):
     table = project(name)
     assert table["name"] == name
@@ -56,7 +58,7 @@ def test_every_project_says_the_same_about_itself(name):
     assert "## Unreleased" in (folder / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("name", WITH_CODE)
+@pytest.mark.parametrize("name", (*WITH_CODE, EMULATOR))
 def test_the_version_is_in_one_place(name):
     module = __import__(name.replace("-", "_"))
     assert version(name) == module.__version__

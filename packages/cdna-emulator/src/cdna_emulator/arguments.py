@@ -40,7 +40,10 @@ def pack_arguments(
     """
     visible = [arg for arg in kernel.arguments if not arg.value_kind.startswith("hidden_")]
     values = _match(kernel, visible, args)
-    named = [(arg.name or f"argument {i}", value) for i, (arg, value) in enumerate(zip(visible, values, strict=True))]
+    named = [
+        (arg.name or f"argument {i}", value)
+        for i, (arg, value) in enumerate(zip(visible, values, strict=True))
+    ]
     addresses = iter(memory.map_arrays([item for item in named if is_array(item[1])]))
     end = max((arg.offset + arg.size for arg in kernel.arguments), default=0)
     packed = bytearray(max(kernel.kernarg_size, end))

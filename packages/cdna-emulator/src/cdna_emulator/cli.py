@@ -21,7 +21,9 @@ from cdna_emulator.program import load_program
 from cdna_emulator.schedule import DEFAULT_SCHEDULE
 from cdna_emulator.values import parse_value
 
-_OBJECT = click.argument("code_object", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_OBJECT = click.argument(
+    "code_object", type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
 _KERNEL = click.option("--kernel", help="Name of the kernel; needed when there are several.")
 #: Exit status when checkers found mistakes, and when a command cannot be done as asked.
 FOUND, REFUSED = 1, 2
@@ -100,7 +102,9 @@ def run(**asked: Any) -> None:
     """Execute a kernel with all checkers and show what they found."""
     result = _run(**asked)
     speed = result.instructions / max(result.seconds, 1e-9)
-    click.echo(f"{result.instructions:,} wave-instructions in {result.seconds:.3f} s ({speed:,.0f}/s)")
+    click.echo(
+        f"{result.instructions:,} wave-instructions in {result.seconds:.3f} s ({speed:,.0f}/s)"
+    )
     _show_findings(result.findings)
 
 

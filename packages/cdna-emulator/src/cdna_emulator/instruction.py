@@ -56,9 +56,7 @@ _ENCODINGS = ("_e32", "_e64", "_dpp", "_sdwa", "_e64_dpp")
 _RANGE = re.compile(r"(v|a|s|ttmp)(?:(\d+)|\[(\d+)(?::(\d+))?\])")
 _NUMBER = re.compile(r"-?(?:0x[0-9a-f]+|\d+)")
 _FLOAT = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
-_WORD_MODIFIERS = frozenset(
-    "offen idxen lds sc0 sc1 nt glc slc scc clamp gds tfe off_hi".split()
-)
+_WORD_MODIFIERS = frozenset("offen idxen lds sc0 sc1 nt glc slc scc clamp gds tfe off_hi".split())
 _NUMBER_MODIFIERS = frozenset(
     "offset offset0 offset1 mul div cbsz abid blgp row_shl row_shr row_ror row_newbcast row_bcast"
     " wave_shl wave_shr wave_rol wave_ror bound_ctrl row_mask bank_mask fi bitop3 row_share row_xmask"
@@ -163,9 +161,7 @@ def _parse(raw: RawInstruction, arch: str) -> Instruction:
         )
     texts, modifiers = _split(rest.strip(), name)
     slots = _slots(op, len(texts), modifiers)
-    operands = tuple(
-        _operand(text, slot, raw) for text, slot in zip(texts, slots, strict=True)
-    )
+    operands = tuple(_operand(text, slot, raw) for text, slot in zip(texts, slots, strict=True))
     if encoding == "dpp" and operands and operands[0].kind == "vgpr":
         # Lanes that DPP masks out keep what the register held.
         first = operands[0]

@@ -17,43 +17,23 @@ from typing import Any, Literal
 import numpy as np
 
 from cdna_emulator import native_core
-from cdna_emulator.arguments import pack_arguments
 from cdna_emulator.checks.findings import CHECKS, Finding
 from cdna_emulator.checks.hazards import find_hazards
 from cdna_emulator.checks.wording import describe
-from cdna_emulator.code_object import CodeObject, Kernel
+from cdna_emulator.code_object import CodeObject
+from cdna_emulator.dispatch import Launch, extent, prepare, system_sgprs
 from cdna_emulator.errors import ArgumentError, CheckError
-from cdna_emulator.memory import DeviceMemory
 from cdna_emulator.native_core import Counters, NativeProgram, RunConfig
 from cdna_emulator.numpy_core.core import run_grid
 from cdna_emulator.profile import Profile
 from cdna_emulator.program import Program, load_program
 from cdna_emulator.schedule import DEFAULT_SCHEDULE, Schedule
 
-#: Bytes of LDS of a workgroup.
-LDS_BYTES = {"gfx942": 64 * 1024, "gfx950": 160 * 1024}
-MAX_BLOCK = 1024
 #: Wave-instructions of one workgroup after which it counts as an infinite loop.
 MAX_INSTRUCTIONS = 200_000_000
 _CHECK_BITS = {"waits": 1, "barrier_writes": 2, "races": 4, "uninitialised": 8, "barriers": 16}
 #: Chunks of the grid that each thread takes, one after another.
 _CHUNKS_PER_THREAD = 8
-_FP16_OVERFLOW_BIT = 23
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Everything that a core needs to know of a launch beside the program."""
-
-    kernel: Kernel
-    memory: DeviceMemory
-    image_base: int
-    user_sgprs: tuple[int, ...]
-    entry_address: int
-    mode: int
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    lds_bytes: int
 
 
 @dataclass(frozen=True)
@@ -146,8 +126,8 @@ def run(
     chosen = code_object.kernel(kernel)
     loaded = _load(code_object, chosen.name)
     program = loaded.program
-    launch = _prepare(
-        code_object, chosen, _extent("grid", grid), _extent("block", block), args, dynamic_lds
+    launch = prepare(
+        code_object, chosen, extent("grid", grid), extent("block", block), args, dynamic_lds
     )
     started = time.perf_counter()
     if core == "numpy":
@@ -225,133 +205,6 @@ def _checks(checks: str | Iterable[str]) -> frozenset[str]:
     return wanted
 
 
-def _extent(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
-    sizes = (value,) if isinstance(value, int) else tuple(value)
-    if not 1 <= len(sizes) <= 3 or any(size < 0 for size in sizes):
-        raise ArgumentError(f"run: {name} must be 1 to 3 sizes of 0 or more, got {value!r}")
-    x, y, z = (*sizes, 1, 1)[:3]
-    return x, y, z
-
-
-def _prepare(
-    code_object: CodeObject,
-    kernel: Kernel,
-    grid: tuple[int, int, int],
-    block: tuple[int, int, int],
-    args: Sequence[Any] | Mapping[str, Any],
-    dynamic_lds: int,
-) -> Launch:
-    items = math.prod(block)
-    if not 1 <= items <= MAX_BLOCK:
-        raise ArgumentError(f"run: block must be 1 to {MAX_BLOCK} work-items, got {block}")
-    if items > kernel.max_flat_workgroup_size:
-        raise ArgumentError(
-            f"run: block must be at most {kernel.max_flat_workgroup_size} work-items for "
-            f"{kernel.name}, got {items}"
-        )
-    if kernel.reqd_workgroup_size not in (None, block):
-        raise ArgumentError(
-            f"run: block must be {kernel.reqd_workgroup_size} for {kernel.name}, got {block}"
-        )
-    lds_bytes = kernel.group_segment_size + dynamic_lds
-    if lds_bytes > LDS_BYTES[code_object.arch]:
-        raise ArgumentError(
-            f"run: LDS must be at most {LDS_BYTES[code_object.arch]} bytes on {code_object.arch}, "
-            f"got {lds_bytes}"
-        )
-    memory = DeviceMemory()
-    kernarg = pack_arguments(kernel, args, memory, grid, block)
-    kernarg_address = memory.map_bytes("the kernel's arguments", kernarg)
-    image_base = _map_image(code_object, memory)
-    sgprs, entry = _user_sgprs(kernel, kernarg, kernarg_address, memory, grid, block)
-    return Launch(kernel, memory, image_base, sgprs, entry, _mode(kernel), grid, block, lds_bytes)
-
-
-def _map_image(code_object: CodeObject, memory: DeviceMemory) -> int:
-    """Map the loaded code object; return the device address of its address 0."""
-    end = max(segment.address + len(segment.data) for segment in code_object.segments)
-    base = memory.map_bytes("the code object", bytes(end), writable=True)
-    for segment in code_object.load(base):
-        view = memory.view(segment.address, len(segment.data))
-        assert view is not None
-        view[:] = np.frombuffer(segment.data, np.uint8)
-    return base
-
-
-def _user_sgprs(
-    kernel: Kernel,
-    kernarg: bytes,
-    kernarg_address: int,
-    memory: DeviceMemory,
-    grid: tuple[int, int, int],
-    block: tuple[int, int, int],
-) -> tuple[tuple[int, ...], int]:
-    """Return s0 and up at the start, and the address where execution starts."""
-    descriptor = kernel.descriptor
-    words: list[int] = []
-
-    def push(value: int, count: int) -> None:
-        words.extend(value >> (32 * index) & 0xFFFFFFFF for index in range(count))
-
-    if descriptor.enable_private_segment_buffer:
-        push(0, 4)
-    if descriptor.enable_dispatch_ptr:
-        push(memory.map_bytes("the dispatch packet", _packet(kernel, grid, block)), 2)
-    if descriptor.enable_queue_ptr:
-        push(0, 2)
-    if descriptor.enable_kernarg_segment_ptr:
-        push(kernarg_address, 2)
-    if descriptor.enable_dispatch_id:
-        push(0, 2)
-    if descriptor.enable_flat_scratch_init:
-        push(0, 2)
-    if descriptor.enable_private_segment_size:
-        push(kernel.private_segment_size, 1)
-    entry = kernel.entry_address
-    if descriptor.kernarg_preload_length:
-        assert kernel.preload_entry_address is not None
-        begin = 4 * descriptor.kernarg_preload_offset
-        size = 4 * descriptor.kernarg_preload_length
-        preloaded = kernarg[begin : begin + size].ljust(size, b"\0")
-        words.extend(np.frombuffer(preloaded, np.uint32).tolist())
-        entry = kernel.preload_entry_address
-    return tuple(words[: descriptor.user_sgpr_count]), entry
-
-
-def _packet(kernel: Kernel, grid: tuple[int, int, int], block: tuple[int, int, int]) -> bytes:
-    """Return the AQL packet of the launch, as the HSA runtime specification lays it out."""
-    packet = np.zeros(16, np.uint32)
-    packet[0] = 2 | 3 << 16  # kernel dispatch of three dimensions
-    packet[1] = block[0] | block[1] << 16
-    packet[2] = block[2]
-    packet[3:6] = [grid[axis] * block[axis] for axis in range(3)]
-    packet[6], packet[7] = kernel.private_segment_size, kernel.group_segment_size
-    return packet.tobytes()
-
-
-def _mode(kernel: Kernel) -> int:
-    descriptor = kernel.descriptor
-    return (
-        descriptor.round_mode_32
-        | descriptor.round_mode_16_64 << 2
-        | descriptor.denorm_mode_32 << 4
-        | descriptor.denorm_mode_16_64 << 6
-        | descriptor.dx10_clamp << 8
-        | descriptor.ieee_mode << 9
-        | descriptor.fp16_overflow << _FP16_OVERFLOW_BIT
-    )
-
-
-def _system_sgprs(kernel: Kernel) -> int:
-    descriptor = kernel.descriptor
-    return (
-        descriptor.enable_workgroup_id_x
-        | descriptor.enable_workgroup_id_y << 1
-        | descriptor.enable_workgroup_id_z << 2
-        | descriptor.enable_workgroup_info << 3
-    )
-
-
 def _run_native(
     native: NativeProgram,
     launch: Launch,
@@ -368,7 +221,7 @@ def _run_native(
         initial_sgprs=sgprs.ctypes.data,
         initial_sgpr_count=len(launch.user_sgprs),
         system_first=launch.kernel.descriptor.user_sgpr_count,
-        system_sgprs=_system_sgprs(launch.kernel),
+        system_sgprs=system_sgprs(launch.kernel),
         workitem_id_mode=launch.kernel.descriptor.workitem_id_mode,
         image_base=launch.image_base,
         entry=native.program.index_of(launch.entry_address),

@@ -113,7 +113,9 @@ class DeviceMemory:
         if offset < 0:
             return f"{-offset} bytes before {buffer.name} ({buffer.size} bytes)"
         if offset >= buffer.size:
-            return f"{offset - buffer.size} bytes past the end of {buffer.name} ({buffer.size} bytes)"
+            return (
+                f"{offset - buffer.size} bytes past the end of {buffer.name} ({buffer.size} bytes)"
+            )
         return f"byte {offset} of {buffer.name} ({buffer.size} bytes)"
 
     def view(self, address: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
@@ -148,5 +150,7 @@ def host_span(name: str, array: Any) -> tuple[int, int, bool]:
     begin = array.data_ptr()
     if array.numel() == 0:
         return begin, begin, True
-    last = sum((size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True)
+    )
     return begin, begin + (last + 1) * array.element_size(), True

@@ -188,5 +188,3 @@ def _writes_half(instruction: Instruction) -> bool:
 
 def _is_dot(instruction: Instruction) -> bool:
     return instruction.mnemonic.startswith("v_dot")
-
-

@@ -18,7 +18,7 @@ from cdna_emulator.numpy_core.state import LANES, Fault, Memory, Mode, WaveState
 from cdna_emulator.program import Program
 
 if TYPE_CHECKING:
-    from cdna_emulator.launch import Launch
+    from cdna_emulator.dispatch import Launch
 
 __all__ = ["HANDLERS", "run_grid", "run_wave", "run_workgroup", "step"]
 
