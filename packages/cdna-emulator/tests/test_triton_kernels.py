@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from cdna_emulator.triton_bridge import emulate
+
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
@@ -54,9 +56,9 @@ def _cases(release: tuple[int, int] | None) -> list[object]:
     ]
 
 
-def check(emulate_kernel, rng, one, arch, triton=None):
+def check(rng, one, arch, triton=None):
     launch = one.build(rng, arch)
-    kernel = emulate_kernel(one.kernel, arch, options=one.options, triton=triton)
+    kernel = emulate(one.kernel, arch, options=one.options, triton=triton)
     result = kernel[launch.grid](*launch.args, **launch.constants)
     assert result.instructions > 0
     for actual, expected, tolerance in launch.expect:
@@ -64,16 +66,16 @@ def check(emulate_kernel, rng, one, arch, triton=None):
 
 
 @pytest.mark.parametrize(("one", "arch"), _cases(_first_release()))
-def test_kernel(emulate_kernel, rng, one, arch):
-    check(emulate_kernel, rng, one, arch)
+def test_kernel(rng, one, arch):
+    check(rng, one, arch)
 
 
 @pytest.mark.skipif(
     _second_release() is None, reason=f"no Triton in {SECOND}; run tools/second_triton.py"
 )
 @pytest.mark.parametrize(("one", "arch"), _cases(_second_release()))
-def test_kernel_of_second_triton(emulate_kernel, rng, one, arch):
-    check(emulate_kernel, rng, one, arch, SECOND)
+def test_kernel_of_second_triton(rng, one, arch):
+    check(rng, one, arch, SECOND)
 
 
 def test_every_kernel_is_run():
