@@ -41,8 +41,8 @@ struct BufferAccess {
   uint32_t scalar_offset;
   uint32_t instruction_offset;
 
-  BufferAccess(const Wave& w, const Instruction& in, const Operand& address, const Operand& descriptor_in,
-         const Operand& soffset)
+  BufferAccess(const Wave& w, const Instruction& in, const Operand& address,
+               const Operand& descriptor_in, const Operand& soffset)
       : descriptor(&w.s[descriptor_in.index]),
         scalar_offset(scalar_value(w, soffset)),
         instruction_offset(static_cast<uint32_t>(in.offset)) {
@@ -127,8 +127,13 @@ void load(Wave& w, const Instruction& in) {
   // The address register may be the first one that is written.
   uint64_t exec = w.exec();
   Vgpr index, offset;
-  if (access.index) std::memcpy(&index, access.index, sizeof(index)), access.index = index.lane;
-  if (access.offset) std::memcpy(&offset, access.offset, sizeof(offset)), access.offset = offset.lane;
+  auto keep = [](const uint32_t*& lanes, Vgpr& copy) {
+    if (lanes == nullptr) return;
+    std::memcpy(&copy, lanes, sizeof(copy));
+    lanes = copy.lane;
+  };
+  keep(access.index, index);
+  keep(access.offset, offset);
   for_each_lane(exec, [&](int lane) {
     with_loaded<kBytes>(w, access, lane, [&](const uint8_t* bytes) {
       put<kBytes, kSigned, kHalf>(w, in.op[0].index, lane, bytes);

@@ -70,7 +70,8 @@ void count_cycles(Wave& w, const Addresses& a, uint32_t bytes) {
   }
   uint64_t cycles = 0;
   for (uint32_t first = 0; first < kLanes; first += lanes) {
-    cycles += phase_cycles(a, exec, first, std::min<uint32_t>(first + lanes, kLanes), dwords, banks);
+    uint32_t last = std::min<uint32_t>(first + lanes, kLanes);
+    cycles += phase_cycles(a, exec, first, last, dwords, banks);
   }
   count_bank_cycles(w, cycles);
 }

@@ -63,6 +63,7 @@ void start_wave(Machine& m, Wave& w, uint32_t id) {
   const RunConfig& c = *m.config;
   std::memset(w.v, kPoison, sizeof(w.v));
   std::memset(w.s, kPoison, sizeof(w.s));
+  if (w.scratch_bytes) std::memset(w.scratch, kPoison, size_t{kLanes} * w.scratch_bytes);
   w.scc = false;
   set_mode_bits(w.mode, c.mode);
   w.state = WaveState::kRunning;
