@@ -18,10 +18,11 @@ from cdna_emulator.code_object import Kernel, KernelArgument
 from cdna_emulator.errors import ArgumentError
 from cdna_emulator.memory import DeviceMemory, is_array
 
+_BY_VALUE = "by_value"
 _FLOAT_FORMATS = {2: "<e", 4: "<f", 8: "<d"}
-#: High halves of the flat addresses that reach LDS and private memory.
-SHARED_APERTURE = 0xFFF0_0000
-PRIVATE_APERTURE = 0xFFF1_0000
+#: High halves of the flat addresses that reach LDS and private memory, as in native/core.h.
+SHARED_APERTURE = 0x0001_0000
+PRIVATE_APERTURE = 0x0002_0000
 
 
 def pack_arguments(
@@ -47,15 +48,15 @@ def pack_arguments(
     addresses = iter(memory.map_arrays([item for item in named if is_array(item[1])]))
     end = max((arg.offset + arg.size for arg in kernel.arguments), default=0)
     packed = bytearray(max(kernel.kernarg_size, end))
-    for argument, value in zip(visible, values, strict=True):
+    for argument, (name, value) in zip(visible, named, strict=True):
         data = (
             next(addresses).to_bytes(8, "little")
             if is_array(value)
-            else _pack_value(kernel, argument, value)
+            else _pack_value(f"{kernel.name}: {name}", argument, value)
         )
         if len(data) != argument.size:
             raise ArgumentError(
-                f"{kernel.name}: {argument.name} must be {argument.size} bytes, got {len(data)} "
+                f"{kernel.name}: {name} must be {argument.size} bytes, got {len(data)} "
                 f"from {type(value).__name__}"
             )
         packed[argument.offset : argument.offset + argument.size] = data
@@ -70,7 +71,7 @@ def pack_arguments(
 def _match(
     kernel: Kernel, arguments: list[KernelArgument], args: Sequence[Any] | Mapping[str, Any]
 ) -> list[Any]:
-    names = [argument.name for argument in arguments]
+    names = [argument.name or f"argument {i}" for i, argument in enumerate(arguments)]
     if isinstance(args, Mapping):
         unknown = sorted(set(args) - set(names))
         missing = [name for name in names if name not in args]
@@ -88,9 +89,9 @@ def _match(
     return list(args)
 
 
-def _pack_value(kernel: Kernel, argument: KernelArgument, value: Any) -> bytes:
-    where = f"{kernel.name}: {argument.name}"
-    if value is None:
+def _pack_value(where: str, argument: KernelArgument, value: Any) -> bytes:
+    is_pointer = argument.value_kind != _BY_VALUE
+    if value is None and is_pointer:
         return bytes(argument.size)
     if isinstance(value, bytes):
         return value
@@ -101,11 +102,19 @@ def _pack_value(kernel: Kernel, argument: KernelArgument, value: Any) -> bytes:
         if not -(1 << (bits - 1)) <= value < 1 << bits:
             raise ArgumentError(f"{where} must fit {bits} bits, got {value}")
         return (value & ((1 << bits) - 1)).to_bytes(argument.size, "little")
-    if isinstance(value, float) and argument.size in _FLOAT_FORMATS:
-        return struct.pack(_FLOAT_FORMATS[argument.size], value)
-    raise ArgumentError(
-        f"{where} must be a CPU array, int, float, bytes or None, got {type(value).__name__}"
+    if isinstance(value, float) and not is_pointer and argument.size in _FLOAT_FORMATS:
+        try:
+            return struct.pack(_FLOAT_FORMATS[argument.size], value)
+        except OverflowError:
+            raise ArgumentError(
+                f"{where} must fit a float of {argument.size} bytes, got {value}"
+            ) from None
+    accepted = (
+        "a CPU array, an address as int, or None"
+        if is_pointer
+        else f"an int, float, NumPy scalar or bytes of {argument.size} bytes"
     )
+    raise ArgumentError(f"{where} must be {accepted}, got {type(value).__name__}")
 
 
 def _hidden(kind: str, grid: tuple[int, int, int], block: tuple[int, int, int]) -> int:
