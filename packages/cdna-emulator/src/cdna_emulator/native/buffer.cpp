@@ -124,17 +124,8 @@ void load(Wave& w, const Instruction& in) {
     return;
   }
   BufferAccess access(w, in, in.op[1], in.op[2], in.op[3]);
-  // The address register may be the first one that is written.
-  uint64_t exec = w.exec();
-  Vgpr index, offset;
-  auto keep = [](const uint32_t*& lanes, Vgpr& copy) {
-    if (lanes == nullptr) return;
-    std::memcpy(&copy, lanes, sizeof(copy));
-    lanes = copy.lane;
-  };
-  keep(access.index, index);
-  keep(access.offset, offset);
-  for_each_lane(exec, [&](int lane) {
+  // A lane's address is read before its value is written, which may take the same register.
+  for_each_lane(w.exec(), [&](int lane) {
     with_loaded<kBytes>(w, access, lane, [&](const uint8_t* bytes) {
       put<kBytes, kSigned, kHalf>(w, in.op[0].index, lane, bytes);
     });
