@@ -16,15 +16,9 @@ pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
 from cdna_emulator import triton_bridge  # noqa: E402
-from cdna_emulator.triton_bridge import (  # noqa: E402
-    Parameter,
-    TritonWorker,
-    bind,
-    emulate,
-    locate,
-    replaced,
-    specialise,
-)
+from cdna_emulator.triton_bridge import emulate, locate, replaced  # noqa: E402
+from cdna_emulator.triton_compiler import TritonWorker  # noqa: E402
+from cdna_emulator.triton_signature import Parameter, bind, specialise  # noqa: E402
 
 KERNELS = Path(__file__).with_name("bridge_kernels.py")
 COPY = f"{KERNELS}:scaled_copy"
