@@ -8,11 +8,10 @@ bytes stay where they are on the host; nothing is copied.
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +51,17 @@ class Buffer:
     owner: object
 
 
+class Span(NamedTuple):
+    """The host bytes of one array: from ``begin`` up to ``end``, element 0 at ``first``."""
+
+    name: str
+    begin: int
+    end: int
+    first: int
+    is_writable: bool
+    owner: object
+
+
 class DeviceMemory:
     """The buffers one launch can reach."""
 
@@ -75,33 +85,43 @@ class DeviceMemory:
         return self.map(name, padded.ctypes.data + start, len(data), padded, writable=writable)
 
     def map_arrays(self, arrays: Iterable[tuple[str, Any]]) -> list[int]:
-        """Map named NumPy arrays or torch CPU tensors; return their device addresses.
+        """Map named NumPy arrays or torch CPU tensors; return the addresses of their elements 0.
 
         Arrays that share bytes share a buffer, so that a write through one is seen through the
-        other.
+        other; it can be written when all of them can. An array without elements has a slot and
+        no bytes.
         """
-        spans = [(name, *host_span(name, array), array) for name, array in arrays]
-        merged: list[list[Any]] = []
-        for name, begin, end, array, writable in sorted(
-            ((n, b, e, a, w) for n, b, e, w, a in spans), key=lambda span: span[1:3]
-        ):
-            if merged and begin < merged[-1][2]:
-                last = merged[-1]
-                last[0] += f"+{name}"
-                last[2] = max(last[2], end)
-                last[3].append(array)
-                last[4] = last[4] and writable
+        spans = [host_span(name, array) for name, array in arrays]
+        addresses = [0] * len(spans)
+        groups: list[list[int]] = []  # numbers of the spans of each buffer
+        end = 0
+        for number in sorted(range(len(spans)), key=lambda number: spans[number][1:3]):
+            span = spans[number]
+            if span.begin == span.end:
+                groups.append([number])
+            elif span.begin < end:
+                last.append(number)
             else:
-                merged.append([name, begin, end, [array], writable])
-        bases = []
-        for name, begin, end, owners, writable in merged:
-            bases.append((begin, self.map(name, begin, end - begin, owners, writable=writable)))
-        starts = [begin for begin, _ in bases]
-        addresses = []
-        for _, begin, _, _, _ in spans:
-            base_begin, base = bases[bisect.bisect_right(starts, begin) - 1]
-            addresses.append(base + begin - base_begin)
+                last = [number]
+                groups.append(last)
+            end = max(end, span.end)
+        for numbers in groups:
+            self._map_shared(spans, numbers, addresses)
         return addresses
+
+    def _map_shared(self, spans: list[Span], numbers: list[int], addresses: list[int]) -> None:
+        """Map one buffer for the spans of these numbers, and fill in their addresses."""
+        here = [spans[number] for number in numbers]
+        begin, end = here[0].begin, max(span.end for span in here)
+        base = self.map(
+            "+".join(span.name for span in here),
+            begin,
+            end - begin,
+            [span.owner for span in here],
+            writable=all(span.is_writable for span in here),
+        )
+        for number in numbers:
+            addresses[number] = base + spans[number].first - begin
 
     def describe(self, address: int) -> str:
         """Say where an address is, in words for a finding."""
@@ -116,7 +136,8 @@ class DeviceMemory:
             return (
                 f"{offset - buffer.size} bytes past the end of {buffer.name} ({buffer.size} bytes)"
             )
-        return f"byte {offset} of {buffer.name} ({buffer.size} bytes)"
+        kind = "" if buffer.is_writable else ", read-only"
+        return f"byte {offset} of {buffer.name} ({buffer.size} bytes{kind})"
 
     def view(self, address: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
         """Return the bytes at a device address as a writable view; None out of bounds."""
@@ -136,21 +157,32 @@ def is_array(value: object) -> bool:
     return isinstance(value, np.ndarray) or hasattr(value, "data_ptr")
 
 
-def host_span(name: str, array: Any) -> tuple[int, int, bool]:
-    """Return the first byte's address, the address past the last byte, and writability."""
+def host_span(name: str, array: Any) -> Span:
+    """Return where an array lies, whatever its strides.
+
+    Raises
+    ------
+    ArgumentError
+        Its elements are not plain bytes in this machine's order, or not in its memory.
+    """
     if isinstance(array, np.ndarray):
-        begin = end = int(array.ctypes.data)
-        for length, stride in zip(array.shape, array.strides, strict=True):
-            reach = (length - 1) * stride
-            begin, end = (begin + reach, end) if reach < 0 else (begin, end + reach)
-        size = array.itemsize if array.size else 0
-        return begin, end + size, bool(array.flags.writeable)
-    if array.device.type != "cpu":
-        raise ArgumentError(f"{name}: device must be cpu, got {array.device}; move it with .cpu()")
-    begin = array.data_ptr()
-    if array.numel() == 0:
-        return begin, begin, True
-    last = sum(
-        (size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True)
-    )
-    return begin, begin + (last + 1) * array.element_size(), True
+        if array.dtype.hasobject or not array.dtype.isnative:
+            raise ArgumentError(
+                f"{name}: dtype must be of plain values in native byte order, got {array.dtype}"
+            )
+        first, itemsize = int(array.ctypes.data), array.itemsize
+        shape, strides, writable = array.shape, array.strides, bool(array.flags.writeable)
+    else:
+        if array.device.type != "cpu":
+            raise ArgumentError(
+                f"{name}: device must be cpu, got {array.device}; move it with .cpu()"
+            )
+        first, itemsize = int(array.data_ptr()), int(array.element_size())
+        shape, writable = tuple(array.shape), True
+        strides = tuple(stride * itemsize for stride in array.stride())
+    if 0 in shape:
+        return Span(name, first, first, first, writable, array)
+    reaches = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
+    begin = first + sum(reach for reach in reaches if reach < 0)
+    end = first + sum(reach for reach in reaches if reach > 0) + itemsize
+    return Span(name, begin, end, first, writable, array)

@@ -41,7 +41,8 @@ def parse_value(text: str, rng: np.random.Generator) -> Any:
     kind, _, rest = text.partition(":")
     try:
         if kind in _MAKERS:
-            return _array(kind, *rest.split(":"), rng=rng)
+            dtype, _, shape = rest.partition(":")
+            return _array(kind, dtype, _shape(shape), rng)
         if kind == "file":
             return np.load(rest)
         if kind == "int":
@@ -50,24 +51,35 @@ def parse_value(text: str, rng: np.random.Generator) -> Any:
             return float(rest)
         if text == "null":
             return None
-    except (ValueError, TypeError, KeyError, OSError) as exc:
+    except (ValueError, OSError) as exc:
         raise ArgumentError(f"argument must be {_FORMS}, got {text!r}: {exc}") from exc
     raise ArgumentError(f"argument must be {_FORMS}, got {text!r}")
 
 
-def _array(kind: str, dtype: str, shape_text: str, *, rng: np.random.Generator) -> Any:
-    shape = tuple(int(size) for size in shape_text.split(","))
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if not all(size.isascii() and size.isdecimal() for size in sizes):
+        raise ValueError("SHAPE must be sizes with commas between them, like 16,64")
+    return tuple(int(size) for size in sizes)
+
+
+def _array(kind: str, dtype: str, shape: tuple[int, ...], rng: np.random.Generator) -> Any:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}")
+        raise ValueError(f"DTYPE must be one of {', '.join(DTYPES)}")
     if kind == "zeros":
         return np.zeros(shape, DTYPES[dtype])
     if kind == "arange":
-        return np.arange(math.prod(shape)).reshape(shape).astype(DTYPES[dtype])
+        count = np.arange(math.prod(shape)).reshape(shape)
+        return _bf16(count) if dtype == "bf16" else count.astype(DTYPES[dtype])
     if dtype == "bf16":
-        return (rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(
-            np.uint16
-        )
+        return _bf16(rng.standard_normal(shape))
     if dtype.startswith("f"):
         return rng.standard_normal(shape).astype(DTYPES[dtype])
     bounds = np.iinfo(DTYPES[dtype])
     return rng.integers(bounds.min, bounds.max, shape, DTYPES[dtype], endpoint=True)
+
+
+def _bf16(values: Any) -> Any:
+    """Return the bits of values cut off to bf16."""
+    bits = values.astype(np.float32).view(np.uint32) >> 16
+    return bits.astype(np.uint16)

@@ -29,8 +29,8 @@ class _Context:
 
 #: How the core tells scalar registers and LDS addresses from vector registers.
 _SGPR_DETAIL, _LDS_DETAIL = 1024, 1 << 32
-#: Marks a store among the bytes of an access.
-_WRITE_DETAIL = 1 << 32
+#: The number of bytes of an access; above it the core has marks of its own.
+_BYTES_MASK = 0xFFFFFFFF
 
 
 def _place(detail: int) -> str:
@@ -46,28 +46,28 @@ def _vector(number: int) -> str:
     return f"v{number}" if number < AGPR_BASE else f"a{number - AGPR_BASE}"
 
 
-def _access(detail: int) -> str:
-    verb = "stored" if detail & _WRITE_DETAIL else "loaded"
-    return f"{verb} {detail & (_WRITE_DETAIL - 1)} bytes"
+def _access(context: _Context) -> str:
+    flags = context.program.instructions[context.record.instruction].op.flags
+    if not flags.isdisjoint({"atomic", "lds_atomic"}):
+        verb = "updated"
+    else:
+        verb = "stored" if "store" in flags else "loaded"
+    return f"{verb} {context.record.detail1 & _BYTES_MASK} bytes"
 
 
 _WORDS: dict[int, tuple[str, Callable[[_Context], str]]] = {
     1: (
         "out_of_bounds",
-        lambda c: (
-            f"accessed {c.record.detail1 & 0xFFFFFFFF} bytes at "
-            + c.memory.describe(c.record.detail0)
-        ),
+        lambda c: f"{_access(c)} at {c.memory.describe(c.record.detail0)}",
     ),
     2: (
         "lds_out_of_bounds",
-        lambda c: f"accessed {c.record.detail1} bytes at LDS address {c.record.detail0:#x}",
+        lambda c: f"{_access(c)} at LDS address {c.record.detail0:#x}",
     ),
     3: (
         "missing_wait",
         lambda c: (
-            f"used {_place(c.record.detail0)} before a wait for "
-            + c.instruction(c.record.detail1)
+            f"used {_place(c.record.detail0)} before a wait for " + c.instruction(c.record.detail1)
         ),
     ),
     4: (
@@ -103,7 +103,7 @@ _WORDS: dict[int, tuple[str, Callable[[_Context], str]]] = {
     ),
     12: (
         "scratch_out_of_bounds",
-        lambda c: f"accessed {c.record.detail1} bytes at private address {c.record.detail0:#x}",
+        lambda c: f"{_access(c)} at private address {c.record.detail0:#x}",
     ),
     13: ("uninitialised_sgpr", lambda c: f"read s{c.record.detail0}, never written"),
 }
