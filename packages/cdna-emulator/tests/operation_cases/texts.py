@@ -159,7 +159,7 @@ class Writer:
         if "bitop3" in op.name:
             words.append(f"bitop3:{int(self.rng.integers(256)):#x}")
         if form in ("e64", "plain"):
-            if packed or "_mix" in op.name or "dot" in op.name or "pk_" in op.name:
+            if packed or ("_mix" in op.name and selects) or "dot" in op.name or "pk_" in op.name:
                 keys = ["op_sel", "op_sel_hi"]
                 if op.name.endswith(("_f16", "_bf16", "_f32")):
                     # Only floats are negated.

@@ -96,9 +96,10 @@ def _offset_nibble(step: Step, a: Array) -> Array:
 
 def _normalized(values: Array, is_signed: bool) -> Array:
     """Map -1..1 or 0..1 to the whole range of 16 bits, nearest even."""
-    scale, least = (32767.0, -1.0) if is_signed else (65535.0, 0.0)
-    wide = np.clip(values.astype(np.float64), least, 1.0) * scale
-    return np.where(np.isnan(wide), 0, np.rint(wide)).astype(np.int64)
+    scale, least = (32767, -1) if is_signed else (65535, 0)
+    # The product is one of f32.
+    scaled = np.clip(values.astype(np.float32), np.float32(least), 1) * np.float32(scale)
+    return np.where(np.isnan(scaled), 0, np.rint(scaled)).astype(np.int64)
 
 
 # --- pairs
@@ -143,7 +144,14 @@ add_lanewise(
 @lanewise("v_cvt_pk_u8_f32")
 def _insert_byte(step: Step, a: Array, which: Array, old: Array) -> Array:
     shift = (which & _U32(3)) * _U32(8)
-    byte = to_integer(a, np.uint8).astype(np.uint32)
+    # Unlike other conversions to integers, this one rounds as the mode says.
+    whole = {
+        rounding.NEAREST: np.rint,
+        rounding.UP: np.ceil,
+        rounding.DOWN: np.floor,
+        rounding.ZERO: np.trunc,
+    }[step.mode.round32]
+    byte = to_integer(whole(a), np.uint8).astype(np.uint32)
     return old & ~(_U32(255) << shift) | byte << shift
 
 
@@ -194,17 +202,18 @@ def _to_eight_bit_stochastic(state: WaveState, inst: Instruction) -> None:
 
 
 def stochastic(values: Array, noise: Array, form: Format, saturate: bool) -> Array:
-    """Add noise below the last kept bit, then cut off."""
+    """Add noise to the mantissa bits that will be dropped, then cut off."""
     dropped = 23 - form.mantissa
-    magnitude = np.abs(values).astype(np.float64)
+    size = np.ascontiguousarray(np.abs(values)).view(np.uint32)
     with np.errstate(all="ignore"):
-        _, exponent = np.frexp(magnitude)
-    # The spacing of the format's numbers around the value.
-    step = np.ldexp(1.0, np.maximum(exponent - 1, 1 - form.bias) - form.mantissa)
-    part = (noise >> _U32(32 - dropped)).astype(np.float64) / (1 << dropped)
-    with np.errstate(all="ignore"):
-        cut = np.floor(magnitude / step + part) * step
-    cut = np.where(np.isfinite(values), cut, magnitude)
+        noisy = (size + (noise >> _U32(32 - dropped))).view(np.float32).astype(np.float64)
+        # A carry out of the largest numbers is infinite, whatever bits are left behind.
+        noisy = np.where(np.isnan(noisy), np.inf, noisy)
+        _, exponent = np.frexp(np.where(np.isfinite(noisy), noisy, 1))
+        # The spacing of the format's numbers around the value.
+        step = np.ldexp(1.0, np.maximum(exponent - 1, 1 - form.bias) - form.mantissa)
+        cut = np.floor(noisy / step) * step
+    cut = np.where(np.isfinite(values), cut, np.abs(values))
     return encode(np.copysign(cut, values), form, saturate=saturate)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from cdna_emulator.errors import UnknownInstructionError
 from cdna_emulator.instruction import Instruction
 from cdna_emulator.isa import OPS
-from cdna_emulator.numpy_core.atomics import update
+from cdna_emulator.numpy_core.atomics import compare_floats, update
 from cdna_emulator.numpy_core.memory import (
     Locate,
     Shape,
@@ -19,7 +19,7 @@ from cdna_emulator.numpy_core.memory import (
 )
 from cdna_emulator.numpy_core.operands import number
 from cdna_emulator.numpy_core.registry import handler
-from cdna_emulator.numpy_core.state import LANE, LANES, Array, WaveState
+from cdna_emulator.numpy_core.state import LANE, LANES, Array, Mode, WaveState
 
 _U32 = np.uint32
 _READS = {
@@ -140,7 +140,7 @@ def _atomic(name: str, operation: str, size: int) -> None:
                 old = 0
                 if view is not None:
                     old = int.from_bytes(view.tobytes(), "little")
-                    new = _new_value(operation, old, given, size)
+                    new = _new_value(operation, old, given, size, state.mode)
                     view[:] = np.frombuffer(new.to_bytes(size, "little"), np.uint8)
                 if returns:
                     for k in range(size // 4):
@@ -148,18 +148,14 @@ def _atomic(name: str, operation: str, size: int) -> None:
                         state.vgpr[index, lane] = old >> 32 * k & 0xFFFFFFFF
 
 
-def _new_value(operation: str, old: int, given: list[int], size: int) -> int:
+def _new_value(operation: str, old: int, given: list[int], size: int, mode: Mode) -> int:
     if operation == "mskor":
         return old & ~given[0] | given[1]
     if operation == "cmpst":
         return given[1] if old == given[0] else old
     if operation == "cmpst_f":
-        dtype = np.float32 if size == 4 else np.float64
-        seen, wanted = (
-            np.frombuffer(v.to_bytes(size, "little"), dtype)[0] for v in (old, given[0])
-        )
-        return given[1] if seen == wanted else old
-    return update(operation, old, given[0], size)
+        return compare_floats(old, given[0], given[1], size, mode)
+    return update(operation, old, given[0], size, mode)
 
 
 for _bits in (32, 64):

@@ -54,30 +54,31 @@ SHAPES = {
 }
 
 
-def placed(old: int, data: bytes, shape: Shape) -> list[int]:
-    """Return the register words that loaded bytes give."""
+def placed(data: bytes, shape: Shape) -> list[int]:
+    """Return the register words that loaded bytes give.
+
+    With ECC on its registers, as CDNA3 and CDNA4 have it, a load of one half clears the other.
+    """
     if shape.size >= 4:
         return [int.from_bytes(data[k : k + 4], "little") for k in range(0, shape.size, 4)]
     value = int.from_bytes(data, "little")
     if shape.is_signed:
         value = signed(value, 8 * shape.size)
     if shape.half == "low":
-        return [old & 0xFFFF0000 | value & 0xFFFF]
+        return [value & 0xFFFF]
     if shape.half == "high":
-        return [old & 0xFFFF | (value & 0xFFFF) << 16]
+        return [(value & 0xFFFF) << 16]
     return [value & 0xFFFFFFFF]
 
 
 def load(state: WaveState, target: Operand, locate: Locate, shape: Shape) -> None:
     """Load into registers, lane after lane."""
-    words = max(1, shape.size // 4)
     for lane in np.flatnonzero(state.active):
         pieces = locate(int(lane), shape.size)
         data = b"".join(
             bytes(min(4, shape.size)) if piece is None else piece.tobytes() for piece in pieces
         )
-        old = int(state.vgpr[target.index, lane])
-        for k, word in enumerate(placed(old, data, shape)[:words]):
+        for k, word in enumerate(placed(data, shape)):
             state.vgpr[target.index + k, lane] = word
 
 
@@ -291,7 +292,8 @@ def _buffer_piece(
         linear += within * 4 + byte
     else:
         linear = offset + index * descriptor.stride
-        if linear + start + size > descriptor.records:
+        # LLVM relies on the scalar offset being left out of the check.
+        if linear + size > descriptor.records:
             return None
     return device(state, lane, descriptor.base + start + linear, size)
 
@@ -382,7 +384,7 @@ def _to_lds(state: WaveState, inst: Instruction, locate: Locate, shape: Shape) -
         data = b"".join(
             bytes(min(4, shape.size)) if piece is None else piece.tobytes() for piece in pieces
         )
-        words = placed(0, data, shape)
+        words = placed(data, shape)
         target = shared(state, int(lane), state.m0 + _offset(inst) + int(lane) * width, width)
         if target is not None:
             target[:] = np.frombuffer(np.array(words, np.uint32).tobytes(), np.uint8)

@@ -107,6 +107,10 @@ def _exactly(
     ``terms`` are the signs of a sum's two terms, which decide the sign of a sum that is zero.
     """
     result = plain.copy()
+    if len(operands) == 3:
+        # A product that overflows does not meet an infinite third operand.
+        product = np.isfinite(operands[0]) & np.isfinite(operands[1])
+        result = np.where(product & ~np.isfinite(operands[2]), operands[2], result)
     finite = np.logical_and.reduce([np.isfinite(x) for x in operands])
     for lane in np.flatnonzero(finite):
         value = formula(*(Fraction(float(x[lane])) for x in operands))
