@@ -1,4 +1,4 @@
-"""The argument block: values in their formats, hidden arguments, refusals that name the argument."""
+"""The argument block: values in their formats, hidden arguments, refusals with names."""
 
 from __future__ import annotations
 

@@ -93,18 +93,18 @@ class DeviceMemory:
         """
         spans = [host_span(name, array) for name, array in arrays]
         addresses = [0] * len(spans)
+        in_order = sorted(range(len(spans)), key=lambda number: spans[number][1:3])
         groups: list[list[int]] = []  # numbers of the spans of each buffer
         end = 0
-        for number in sorted(range(len(spans)), key=lambda number: spans[number][1:3]):
-            span = spans[number]
-            if span.begin == span.end:
-                groups.append([number])
-            elif span.begin < end:
-                last.append(number)
+        for number in in_order:
+            _, begin, its_end, *_ = spans[number]
+            if begin == its_end:
+                self._map_shared(spans, [number], addresses)
+            elif begin < end:
+                groups[-1].append(number)
             else:
-                last = [number]
-                groups.append(last)
-            end = max(end, span.end)
+                groups.append([number])
+            end = max(end, its_end)
         for numbers in groups:
             self._map_shared(spans, numbers, addresses)
         return addresses
