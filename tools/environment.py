@@ -29,6 +29,10 @@ PACKAGES = (
     "mla-kernels",
 )
 
+#: A Triton beside the pinned one: it compiles the same kernels to other machine code, which the
+#: tests of the emulator execute as well. Only its files are laid out, without dependencies.
+SECOND_TRITON = "3.9.0"
+
 #: Prints where the starting interpreter keeps a torch built for a GPU, or nothing.
 _FIND_GPU_TORCH = """
 import importlib.util, pathlib, runpy
@@ -79,6 +83,8 @@ def build(*, clean: bool = False, log=print) -> None:  # type: ignore[no-untyped
         local += [] if name == "mla-kernels" else ["-e"]
         local.append(str(ROOT / "packages" / name))
     install(DEV, *local)
+    if torch.constraints == ("cpu",):
+        fetch_second_triton(log)
     key_file.write_text(key)
 
 
@@ -107,6 +113,20 @@ def _gpu_torch_of_starter() -> str:
     return subprocess.run(
         [starter, "-c", script], capture_output=True, text=True, check=True
     ).stdout.strip()
+
+
+def fetch_second_triton(log=print) -> Path:  # type: ignore[no-untyped-def]
+    """Lay the second Triton out in ``.nox/triton-VERSION`` unless it is there; return the folder."""
+    folder = ROOT / ".nox" / f"triton-{SECOND_TRITON}"
+    if folder.is_dir():
+        return folder
+    log(f"fetching triton {SECOND_TRITON} into {folder.relative_to(ROOT)}")
+    # Under another name first: an interrupted installation must not look finished.
+    unfinished = folder.with_name(folder.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    install(DEV, "--no-deps", "--target", str(unfinished), f"triton=={SECOND_TRITON}")
+    unfinished.rename(folder)
+    return folder
 
 
 def create(environment: Path) -> None:

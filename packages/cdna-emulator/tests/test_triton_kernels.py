@@ -26,7 +26,7 @@ for _name in ("matmul", "gluon", "reduction", "memory", "elementwise"):
     importlib.import_module(f"kernel_cases.{_name}")
 sys.path.remove(str(HERE))
 
-#: Folder of the second Triton; tools/second_triton.py fetches it.
+#: Folder of the second Triton, which `./dev env` lays out.
 SECOND = Path(os.environ.get("CDNA_EMULATOR_TRITON", HERE.parents[2] / ".nox" / "triton-3.9.0"))
 
 
@@ -70,9 +70,7 @@ def test_kernel(rng, one, arch):
     check(rng, one, arch)
 
 
-@pytest.mark.skipif(
-    _second_release() is None, reason=f"no Triton in {SECOND}; run tools/second_triton.py"
-)
+@pytest.mark.skipif(_second_release() is None, reason=f"no Triton in {SECOND}; run ./dev env")
 @pytest.mark.parametrize(("one", "arch"), _cases(_second_release()))
 def test_kernel_of_second_triton(rng, one, arch):
     check(rng, one, arch, SECOND)
