@@ -8,8 +8,9 @@ kernel descriptor asks for them; see *Initial Kernel Execution State* in the LLV
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,11 @@ class Launch:
 
 def extent(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
     """Return one to three sizes as three."""
-    sizes = (value,) if isinstance(value, int) else tuple(value)
-    if not 1 <= len(sizes) <= 3 or any(size < 0 for size in sizes):
+    try:
+        sizes = [index(size) for size in (value if isinstance(value, Iterable) else (value,))]
+    except TypeError:
+        sizes = []
+    if not 1 <= len(sizes) <= 3 or any(not 0 <= size < 1 << 32 for size in sizes):
         raise ArgumentError(f"run: {name} must be 1 to 3 sizes of 0 or more, got {value!r}")
     x, y, z = (*sizes, 1, 1)[:3]
     return x, y, z
@@ -76,6 +80,8 @@ def prepare(
         raise ArgumentError(
             f"run: block must be {kernel.reqd_workgroup_size} for {kernel.name}, got {block}"
         )
+    if dynamic_lds < 0:
+        raise ArgumentError(f"run: dynamic_lds must be 0 bytes or more, got {dynamic_lds}")
     lds_bytes = kernel.group_segment_size + dynamic_lds
     if lds_bytes > LDS_BYTES[code_object.arch]:
         raise ArgumentError(

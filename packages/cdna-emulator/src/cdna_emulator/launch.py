@@ -46,6 +46,8 @@ class Result:
     profile : Profile
     instructions : int
         Wave-instructions executed.
+    findings_lost : int
+        Mistakes met at more instructions than a thread has room to report.
     seconds : float
         Wall-clock time of the execution alone.
     """
@@ -53,6 +55,7 @@ class Result:
     findings: list[Finding]
     profile: Profile
     instructions: int
+    findings_lost: int
     seconds: float = field(compare=False)
 
 
@@ -122,6 +125,9 @@ def run(
         raise ArgumentError(
             f"run: arch must be that of the code object, {code_object.arch}, got {arch}"
         )
+    for name, number in (("threads", threads), ("max_instructions", max_instructions)):
+        if number is not None and number < 1:
+            raise ArgumentError(f"run: {name} must be 1 or more, got {number}")
     order, wanted = Schedule.parse(schedule), _checks(checks)
     chosen = code_object.kernel(kernel)
     loaded = _load(code_object, chosen.name)
@@ -147,7 +153,7 @@ def run(
     if findings and strict:
         raise CheckError(findings)
     profile = Profile(program, counters.executed, counters.bytes, counters.bank_cycles)
-    return Result(findings, profile, counters.instructions, seconds)
+    return Result(findings, profile, counters.instructions, counters.findings_lost, seconds)
 
 
 def _content(source: bytes | str | Path) -> bytes:

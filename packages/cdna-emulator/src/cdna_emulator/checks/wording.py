@@ -55,6 +55,36 @@ def _access(context: _Context) -> str:
     return f"{verb} {context.record.detail1 & _BYTES_MASK} bytes"
 
 
+#: By the beginning of a mnemonic: what in the instruction a core cannot execute.
+_UNSUPPORTED: tuple[tuple[str, Callable[[_Context], str]], ...] = (
+    (
+        "s_setpc s_swappc",
+        lambda c: f"jumps to where no instruction is, {c.memory.describe(c.record.detail0)}",
+    ),
+    ("ds_read_b", lambda c: f"must be executed by all lanes, EXEC is {c.record.detail0:#x}"),
+    ("ds_swizzle", lambda c: f"pattern {c.record.detail0:#x} is not modelled"),
+    ("v_mfma", lambda c: f"format must be 0 to 4, got {c.record.detail0}"),
+    ("s_movrel", lambda c: f"scalar register {c.record.detail0} does not exist"),
+    (
+        "s_getreg s_setreg",
+        lambda c: (
+            f"hardware register {c.record.detail0}, or what is written to it, is not modelled"
+        ),
+    ),
+    ("s_trap s_sethalt", lambda c: "stops the wave; nothing is there to resume it"),
+)
+
+
+def _unsupported(context: _Context) -> str:
+    if context.record.detail0 == len(context.program.instructions):
+        return "execution runs past the last instruction"
+    mnemonic = context.program.instructions[context.record.instruction].mnemonic
+    for beginnings, words in _UNSUPPORTED:
+        if mnemonic.startswith(tuple(beginnings.split())):
+            return words(context)
+    return f"not modelled (code {context.record.detail0:#x})"
+
+
 _WORDS: dict[int, tuple[str, Callable[[_Context], str]]] = {
     1: (
         "out_of_bounds",
@@ -96,7 +126,7 @@ _WORDS: dict[int, tuple[str, Callable[[_Context], str]]] = {
         "instruction_limit",
         lambda c: f"still running after {c.record.detail0} wave-instructions of the workgroup",
     ),
-    10: ("unsupported", lambda c: f"not modelled (code {c.record.detail0})"),
+    10: ("unsupported", _unsupported),
     11: (
         "misaligned",
         lambda c: f"address {c.record.detail0:#x} needs a multiple of {c.record.detail1}",
