@@ -23,6 +23,8 @@ SCHEDULES = (
 )
 DEFAULT_SCHEDULE = "round_robin:64"
 _KINDS = ("run_to_barrier", "reversed", "round_robin", "random")
+#: Numbers that kinds take, as wide as the native core's fields for them.
+_NUMBERS = {"round_robin": range(1, 1 << 32), "random": range(1 << 64)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,12 @@ class Schedule:
         """Read ``kind``, ``kind:number`` and an optional ``+late_dma``."""
         rest, plus, extra = text.partition("+")
         kind, colon, number = rest.partition(":")
-        takes_number = kind in ("round_robin", "random")
+        allowed = _NUMBERS.get(kind)
         is_number = number.isascii() and number.isdecimal()
         if (
             kind not in _KINDS
-            or bool(colon) != takes_number
-            or (takes_number and (not is_number or (kind == "round_robin" and int(number) < 1)))
+            or bool(colon) != (allowed is not None)
+            or (allowed is not None and (not is_number or int(number) not in allowed))
             or (plus and extra != "late_dma")
         ):
             raise ArgumentError(
