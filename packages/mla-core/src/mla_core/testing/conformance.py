@@ -16,7 +16,7 @@ from mla_core.dims import MLADims
 from mla_core.ops import decode
 from mla_core.plan import AttentionOptions, DecodePlan, output_dtype, plan_decode
 from mla_core.testing.assertions import TOLERANCES, assert_close
-from mla_core.testing.cases import DecodeCase
+from mla_core.testing.cases import DecodeCase, DecodeInputs
 from mla_core.testing.poison import poison_
 
 _RAGGED = (37, 0, 1, 16, 64, 130)
@@ -118,6 +118,7 @@ def check_decode(
     case: DecodeCase,
     device: torch.device | str = "cpu",
     *,
+    inputs: DecodeInputs | None = None,
     fixed_lengths: bool = False,
     replan: Callable[[DecodePlan], DecodePlan] | None = None,
 ) -> None:
@@ -125,6 +126,8 @@ def check_decode(
 
     Parameters
     ----------
+    inputs : DecodeInputs, optional
+        What ``case.build(device)`` gave, for running many kernels on one case.
     fixed_lengths : bool
         As ``mla_core.plan_decode`` takes it.
     replan : callable, optional
@@ -135,7 +138,7 @@ def check_decode(
     AssertionError
         ``out`` or ``lse`` is not close, or something was left unwritten.
     """
-    inputs = case.build(device)
+    inputs = inputs or case.build(device)
     plan = plan_decode(
         case.dims,
         inputs.qo_indptr,
