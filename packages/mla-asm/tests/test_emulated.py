@@ -64,3 +64,9 @@ def test_nothing_spills(row):
     kernel = cdna_emulator.CodeObject.read(verified_code_object(row)).kernel(row.symbol)
     assert (kernel.vgpr_spill_count, kernel.sgpr_spill_count) == (0, 0)
     assert kernel.private_segment_size == 0
+
+
+@pytest.mark.parametrize("value", ["1", "gfx942", "gfx950"])
+def test_the_variable_is_enough(monkeypatch, value):
+    monkeypatch.setenv("MLA_ASM_EMULATE", value)
+    check_decode("asm", CASES[0])
