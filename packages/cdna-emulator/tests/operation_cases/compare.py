@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from operation_cases.states import LANES, State
 
 from cdna_emulator import native_core
 from cdna_emulator.instruction import Instruction, Operand
@@ -15,6 +14,7 @@ from cdna_emulator.isa import Unit
 from cdna_emulator.memory import DeviceMemory
 from cdna_emulator.numpy_core import Mode, WaveState, run_wave
 from cdna_emulator.program import make_program
+from operation_cases.states import LANES, State
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -79,9 +79,7 @@ def run_numpy(
     return run_wave(instructions, numpy_state(state, arch, memory))
 
 
-def differences(
-    native: native_core.WaveState, numpy_: WaveState, inst: Instruction
-) -> list[str]:
+def differences(native: native_core.WaveState, numpy_: WaveState, inst: Instruction) -> list[str]:
     """Return what differs beyond an instruction's tolerance, in words; a few of each kind."""
     target = inst.operands[0] if inst.operands else None
     allowed = tolerance(inst)

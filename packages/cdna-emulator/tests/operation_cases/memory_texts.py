@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 
 import numpy as np
+
+from cdna_emulator.arguments import PRIVATE_APERTURE, SHARED_APERTURE
+from cdna_emulator.isa import OpSpec, Unit
 from operation_cases.states import EXEC, LANES, M0, State
 from operation_cases.texts import (
     ADDRESS_PAIR,
@@ -20,9 +23,6 @@ from operation_cases.texts import (
     SWIZZLED,
     Writer,
 )
-
-from cdna_emulator.arguments import PRIVATE_APERTURE, SHARED_APERTURE
-from cdna_emulator.isa import OpSpec, Unit
 
 #: Bytes of the buffer and of the LDS that the instructions work on.
 BUFFER_BYTES, LDS_BYTES = 8192, 4096
@@ -99,7 +99,7 @@ def _lds(writer: Writer, op: OpSpec) -> str:
             pattern = 0x8000 | pattern & 0xFF
         return f"{name} {writer.vector()}, {writer.vector()} offset:{pattern:#x}"
     operands = []
-    for position, slot in enumerate(op.slots):
+    for position in range(len(op.slots)):
         is_address = position == (1 if op.slots[0].is_written else 0)
         first = 20 + 12 * position
         data = writer.vector(words, bank, first, first + 8)

@@ -1,7 +1,7 @@
 """Random register states that are full of corner cases.
 
-A flavour says which format the values suit: an f32 multiply is hardly tested by random bits, most of
-which are far too large or too small, nor a byte operation by ordinary floats.
+A flavour says which format the values suit: an f32 multiply is hardly tested by random bits, most
+of which are far too large or too small, nor a byte operation by ordinary floats.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ _INTEGERS = (
 MODES = (0x3F0, 0x3F0, 0x3F0, 0x300, 0x330, 0x3C0, 0x1F0, 0x2F0, 0x3F5, 0x3FA, 0x3FF, 0x0F0)
 
 
-def _mix(rng: np.random.Generator, shape: tuple[int, ...], parts: list[tuple[float, Array]]) -> Array:
+def _mix(
+    rng: np.random.Generator, shape: tuple[int, ...], parts: list[tuple[float, Array]]
+) -> Array:
     """Choose each element from one of several arrays, by weight."""
     weights = np.array([weight for weight, _ in parts])
     which = rng.choice(len(parts), shape, p=weights / weights.sum())

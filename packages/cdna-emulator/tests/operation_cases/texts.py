@@ -1,7 +1,7 @@
 """Random operand texts for every instruction of the op table.
 
-A form is a way to write an instruction: an encoding, or a combination of address operands. What LLVM
-does not take is dropped later, so a form may be tried where it does not exist.
+A form is a way to write an instruction: an encoding, or a combination of address operands. What
+LLVM does not take is dropped later, so a form may be tried where it does not exist.
 """
 
 from __future__ import annotations

@@ -182,13 +182,13 @@ _VECTOR_TWO_SOURCES = (
     (_VALU, "d:b32 d:mask s:b32 s:b32", "v_{add,sub,subrev}_co_u32"),
     (_VALU, "d:b32 d:mask s:b32 s:b32 s:mask", "v_{addc,subb,subbrev}_co_u32"),
     (_VALU, "d:b32 s:b32 s:b32 s:mask", "v_cndmask_b32"),
-    (_VALU, "x:f32 s:f32 s:f32", "v_fmac_f32 v_mac_f32"),
-    (_VALU, "x:f16 s:f16 s:f16", "v_fmac_f16 v_mac_f16"),
+    (_VALU, "x:f32 s:f32 s:f32", "v_fmac_f32"),
+    (_VALU, "x:f16 s:f16 s:f16", "v_mac_f16"),
     (_VALU, "x:f64 s:f64 s:f64", "v_fmac_f64"),
-    (_VALU, "d:f32 s:f32 s:imm s:f32", "v_{fmamk,madmk}_f32"),
-    (_VALU, "d:f32 s:f32 s:f32 s:imm", "v_{fmaak,madak}_f32"),
-    (_VALU, "d:f16 s:f16 s:imm s:f16", "v_{fmamk,madmk}_f16"),
-    (_VALU, "d:f16 s:f16 s:f16 s:imm", "v_{fmaak,madak}_f16"),
+    (_VALU, "d:f32 s:f32 s:imm s:f32", "v_fmamk_f32"),
+    (_VALU, "d:f32 s:f32 s:f32 s:imm", "v_fmaak_f32"),
+    (_VALU, "d:f16 s:f16 s:imm s:f16", "v_madmk_f16"),
+    (_VALU, "d:f16 s:f16 s:f16 s:imm", "v_madak_f16"),
     (_VALU, "d:pk16 s:f32 s:f32", "v_cvt_pkrtz_f16_f32 v_cvt_pknorm_{i16,u16}_f32"),
     (_VALU, "d:pk16 s:f16 s:f16", "v_pack_b32_f16 v_cvt_pknorm_{i16,u16}_f16"),
     (_VALU, "d:pk16 s:i32 s:i32", "v_cvt_pk_{i16_i32,u16_u32}"),
@@ -244,9 +244,9 @@ _VECTOR_THREE_SOURCES = (
     (
         _VALU,
         "d:f32 s:f32 s:f32 s:f32",
-        "v_fma_f32 v_mad_f32 v_{min3,max3,med3}_f32 v_{minimum3,maximum3}_f32"
-        " v_cubeid_f32 v_cubesc_f32 v_cubetc_f32 v_cubema_f32",
+        "v_fma_f32 v_{min3,max3,med3}_f32 v_cubeid_f32 v_cubesc_f32 v_cubetc_f32 v_cubema_f32",
     ),
+    (_VALU, "d:f32 s:f32 s:f32 s:f32", "v_{minimum3,maximum3}_f32", "gfx950"),
     (_VALU, "d:f16 s:f16 s:f16 s:f16", "v_fma_f16 v_mad_f16 v_{min3,max3,med3}_f16"),
     (_VALU, "d:f64 s:f64 s:f64 s:f64", "v_fma_f64"),
     (_VALU, "d:f32 s:f32 s:f32 s:f32", "v_div_fixup_f32"),
@@ -286,8 +286,8 @@ _VECTOR_THREE_SOURCES = (
     (_VALU, "d:i32 s:pk16 s:pk16 s:i32", "v_dot2_{i32_i16,u32_u16}"),
     (_VALU, "d:i32 s:b32 s:b32 s:i32", "v_dot4_{i32_i8,u32_u8} v_dot8_{i32_i4,u32_u4}"),
     # op_sel_hi says which sources are f16 halves of a register; constants are f32.
-    (_VALU, "d:f32 s:f32 s:f32 s:f32", "v_fma_mix_f32 v_mad_mix_f32"),
-    (_VALU, "x:f16 s:f32 s:f32 s:f32", "v_fma_mix{lo,hi}_f16 v_mad_mix{lo,hi}_f16"),
+    (_VALU, "d:f32 s:f32 s:f32 s:f32", "v_fma_mix_f32"),
+    (_VALU, "x:f16 s:f32 s:f32 s:f32", "v_fma_mix{lo,hi}_f16"),
 )
 
 _MATRIX = (
@@ -393,8 +393,13 @@ _MEMORY = (
         " buffer_atomic_{add_f32,pk_add_f16,add_f64,min_f64,max_f64}",
         "load store atomic",
     ),
-    (_BUFFER, "x:b32 s:b32 s:rsrc s:b32", "buffer_atomic_pk_add_bf16", "load store atomic"),
-    (_BUFFER, "", "buffer_wbl2 buffer_inv buffer_wbinvl1 buffer_wbinvl1_vol"),
+    (
+        _BUFFER,
+        "x:b32 s:b32 s:rsrc s:b32",
+        "buffer_atomic_pk_add_bf16",
+        "load store atomic gfx950",
+    ),
+    (_BUFFER, "", "buffer_wbl2 buffer_inv"),
 )
 
 _LOADS = (

@@ -85,10 +85,9 @@ def update(name: str, old: int, new: int, size: int, mode: Mode | None = None) -
         return _INTEGERS[name](old, new, size) & ((1 << 8 * size) - 1)
     if mode is None:
         mode = _ADD_F32_IN_MEMORY if (name, size) == ("add_f", 4) else _IN_MEMORY
-    with np.errstate(all="ignore"):
-        if name == "pk_add_bf16":
-            return _add_bf16(old, new, mode)
-        return _update_float(name, old, new, size, mode)
+    if name == "pk_add_bf16":
+        return _add_bf16(old, new, mode)
+    return _update_float(name, old, new, size, mode)
 
 
 def compare_floats(old: int, wanted: int, new: int, size: int, mode: Mode) -> int:

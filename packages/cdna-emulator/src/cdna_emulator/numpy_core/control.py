@@ -78,7 +78,7 @@ def _barrier(state: WaveState, inst: Instruction) -> None:
 
 @handler(
     "s_nop s_sleep s_setprio s_sendmsg s_waitcnt s_icache_inv s_wakeup s_dcache_inv s_dcache_wb"
-    " buffer_wbl2 buffer_inv buffer_wbinvl1 buffer_wbinvl1_vol ds_nop"
+    " buffer_wbl2 buffer_inv ds_nop"
 )
 def _timing_only(state: WaveState, inst: Instruction) -> None:
     """Change nothing that a program can read: memory is ordered and always up to date here."""

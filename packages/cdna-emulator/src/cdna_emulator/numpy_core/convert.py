@@ -152,7 +152,8 @@ def _insert_byte(step: Step, a: Array, which: Array, old: Array) -> Array:
         rounding.ZERO: np.trunc,
     }[step.mode.round32]
     byte = to_integer(whole(a), np.uint8).astype(np.uint32)
-    return old & ~(_U32(255) << shift) | byte << shift
+    result: Array = old & ~(_U32(255) << shift) | byte << shift
+    return result
 
 
 # --- eight-bit floats
@@ -205,14 +206,13 @@ def stochastic(values: Array, noise: Array, form: Format, saturate: bool) -> Arr
     """Add noise to the mantissa bits that will be dropped, then cut off."""
     dropped = 23 - form.mantissa
     size = np.ascontiguousarray(np.abs(values)).view(np.uint32)
-    with np.errstate(all="ignore"):
-        noisy = (size + (noise >> _U32(32 - dropped))).view(np.float32).astype(np.float64)
-        # A carry out of the largest numbers is infinite, whatever bits are left behind.
-        noisy = np.where(np.isnan(noisy), np.inf, noisy)
-        _, exponent = np.frexp(np.where(np.isfinite(noisy), noisy, 1))
-        # The spacing of the format's numbers around the value.
-        step = np.ldexp(1.0, np.maximum(exponent - 1, 1 - form.bias) - form.mantissa)
-        cut = np.floor(noisy / step) * step
+    noisy = (size + (noise >> _U32(32 - dropped))).view(np.float32).astype(np.float64)
+    # A carry out of the largest numbers is infinite, whatever bits are left behind.
+    noisy = np.where(np.isnan(noisy), np.inf, noisy)
+    _, exponent = np.frexp(np.where(np.isfinite(noisy), noisy, 1))
+    # The spacing of the format's numbers around the value.
+    step = np.ldexp(1.0, np.maximum(exponent - 1, 1 - form.bias) - form.mantissa)
+    cut = np.floor(noisy / step) * step
     cut = np.where(np.isfinite(values), cut, np.abs(values))
     return encode(np.copysign(cut, values), form, saturate=saturate)
 
@@ -234,10 +234,10 @@ def _to_sixteen_bit_stochastic(state: WaveState, inst: Instruction) -> None:
 
 def _half_stochastic(values: Array, noise: Array) -> Array:
     magnitude = np.abs(values).astype(np.float64)
-    with np.errstate(all="ignore"):
-        _, exponent = np.frexp(magnitude)
-        step = np.ldexp(1.0, np.maximum(exponent - 1, -14) - 10)
-        part = (noise >> _U32(19)).astype(np.float64) / (1 << 13)
-        cut = np.floor(magnitude / step + part) * step
-        half = np.copysign(cut, values).astype(np.float16)
-    return half.view(np.uint16).astype(np.uint64)
+    _, exponent = np.frexp(magnitude)
+    step = np.ldexp(1.0, np.maximum(exponent - 1, -14) - 10)
+    part = (noise >> _U32(19)).astype(np.float64) / (1 << 13)
+    cut = np.floor(magnitude / step + part) * step
+    half = np.copysign(cut, values).astype(np.float16)
+    result: Array = half.view(np.uint16).astype(np.uint64)
+    return result

@@ -111,11 +111,10 @@ def _execute(state: WaveState, inst: Instruction) -> None:
     match = _NAME.fullmatch(inst.mnemonic)
     assert match is not None
     stochastic, packing, target, source = match.groups()
-    with np.errstate(all="ignore"):
-        if target in _NARROW:
-            _to_narrow(state, inst, bool(stochastic), packing or "", target, source)
-        else:
-            _from_narrow(state, inst, packing or "", target, source)
+    if target in _NARROW:
+        _to_narrow(state, inst, bool(stochastic), packing or "", target, source)
+    else:
+        _from_narrow(state, inst, packing or "", target, source)
 
 
 def _to_narrow(

@@ -53,7 +53,9 @@ def step(state: WaveState, inst: Instruction) -> None:
         raise UnknownInstructionError(f"numpy core: no handler for `{inst.text}`")
     check_supported(inst)
     state.pc = _NOWHERE
-    function(state, inst)
+    # Infinities and NaNs are results here.
+    with np.errstate(all="ignore"):
+        function(state, inst)
 
 
 def run_wave(
@@ -139,7 +141,8 @@ def run_grid(program: Program, launch: Launch, max_instructions: int) -> Counter
         conflicts are not counted here.
     """
     count = len(program.instructions)
-    counters = Counters(*(np.zeros(count, np.uint64) for _ in range(3)), [], 0, 0)
+    executed, bytes_, bank_cycles = (np.zeros(count, np.uint64) for _ in range(3))
+    counters = Counters(executed, bytes_, bank_cycles, [], 0, 0)
     for number in range(math.prod(launch.grid)):
         x, rest = number % launch.grid[0], number // launch.grid[0]
         workgroup = (x, rest % launch.grid[1], rest // launch.grid[1])

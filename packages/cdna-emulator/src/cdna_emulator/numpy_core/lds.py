@@ -58,7 +58,8 @@ def _at(state: WaveState, addresses: Array) -> Locate:
 
 def _addresses(state: WaveState, inst: Instruction, position: int) -> Array:
     base = state.vgpr[inst.operands[position].index].astype(np.int64)
-    return base + number(inst, "offset")
+    result: Array = base + number(inst, "offset")
+    return result
 
 
 @handler(" ".join(f"ds_read_{name}" for name in _READS))

@@ -377,15 +377,15 @@ def _global_to_lds(state: WaveState, inst: Instruction) -> None:
 
 
 def _to_lds(state: WaveState, inst: Instruction, locate: Locate, shape: Shape) -> None:
-    """Copy from memory to LDS: lanes follow one another from M0 plus the offset."""
-    width = max(4, shape.size)
+    """Copy from memory to LDS: lanes are 4 bytes apart, or 16 if they hold more than 4."""
+    stride, width = (4, 4) if shape.size <= 4 else (16, shape.size)
     for lane in np.flatnonzero(state.active):
         pieces = locate(int(lane), shape.size)
         data = b"".join(
             bytes(min(4, shape.size)) if piece is None else piece.tobytes() for piece in pieces
         )
         words = placed(data, shape)
-        target = shared(state, int(lane), state.m0 + _offset(inst) + int(lane) * width, width)
+        target = shared(state, int(lane), state.m0 + _offset(inst) + int(lane) * stride, width)
         if target is not None:
             target[:] = np.frombuffer(np.array(words, np.uint32).tobytes(), np.uint8)
 

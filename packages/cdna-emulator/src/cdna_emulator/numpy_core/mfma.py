@@ -227,12 +227,12 @@ def _scales(state: WaveState, inst: Instruction, side: int, shape: MatrixShape) 
 def multiply(a: Array, b: Array, c: Array) -> Array:
     """Return ``a @ b + c`` rounded to C's type; ``b`` has its depth last."""
     if c.dtype.kind == "i":
-        return (np.einsum("bik,bjk->bij", a, b) + c.astype(np.int64)).astype(np.int32)
-    with np.errstate(all="ignore"):
-        total = c.astype(np.float64)
-        for k in range(a.shape[2]):
-            total = total + a[:, :, None, k] * b[:, None, :, k]
-        return total.astype(c.dtype)
+        result: Array = (np.einsum("bik,bjk->bij", a, b) + c.astype(np.int64)).astype(np.int32)
+        return result
+    total = c.astype(np.float64)
+    for k in range(a.shape[2]):
+        total = total + a[:, :, None, k] * b[:, None, :, k]
+    return total.astype(c.dtype)
 
 
 @handler(" ".join(name for name, op in OPS.items() if op.unit is Unit.MFMA))

@@ -13,20 +13,17 @@ import numpy as np
 
 from cdna_emulator.arguments import PRIVATE_APERTURE, SHARED_APERTURE
 from cdna_emulator.errors import UnknownInstructionError
-from cdna_emulator.instruction import M0, SPECIAL, Instruction, Operand
+from cdna_emulator.instruction import SPECIAL, Instruction, Operand
 from cdna_emulator.numpy_core.rounding import flush
 from cdna_emulator.numpy_core.state import LANE, LANES, Array, WaveState, lanes_of, mask_of
 
 _U16, _U32, _U64 = np.uint32(0xFFFF), np.uint32, np.uint64
 _FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 _WIDE = frozenset(("f64", "b64", "i64", "u64", "pkf32"))
-_SIXTEEN = frozenset(("f16", "bf16", "u16", "i16"))
 #: 16-bit instructions that write one half of the destination and keep the other. All other ones
 #: clear the upper half.
-_KEEPS_OTHER_HALF = (
-    "v_mad_f16 v_fma_f16 v_div_fixup_f16 v_mad_u16 v_mad_i16 v_fma_mixlo_f16 v_mad_mixlo_f16"
-)
-_BYTE_0, _WORD_0, _DWORD = 0, 4, 6
+_KEEPS_OTHER_HALF = "v_mad_f16 v_fma_f16 v_div_fixup_f16 v_mad_u16 v_mad_i16"
+_WORD_0, _DWORD = 4, 6
 _PRESERVE, _SIGN = 2, 1
 
 
@@ -105,7 +102,8 @@ def vector_words(state: WaveState, inst: Instruction, operand: Operand, words: i
 
 def pair_of(words: Array) -> Array:
     """Join two rows of 32-bit values into 64-bit ones."""
-    return words[0].astype(_U64) | words[1].astype(_U64) << _U64(32)
+    result: Array = words[0].astype(_U64) | words[1].astype(_U64) << _U64(32)
+    return result
 
 
 # --- DPP
@@ -163,7 +161,8 @@ def write_lanes(state: WaveState, inst: Instruction) -> Array:
         lanes = lanes & _dpp_valid(state, inst)
     rows = number(inst, "row_mask", 15) >> (LANE >> 4) & 1
     banks = number(inst, "bank_mask", 15) >> (LANE >> 2 & 3) & 1
-    return lanes & rows.astype(bool) & banks.astype(bool)
+    result: Array = lanes & rows.astype(bool) & banks.astype(bool)
+    return result
 
 
 # --- sources
@@ -196,12 +195,11 @@ def _select(values: Array, select: int, sext: bool) -> Array:
 
 def _half(inst: Instruction, position: int, words: Array) -> Array:
     """Return the 16 bits that ``op_sel`` chooses."""
-    if inst.encoding == "sdwa":
-        return words[0] & _U16
     order = sources(inst)
     which = order.index(position) if position in order else 3
-    high = bits(inst, "op_sel", 0)[which] if which < 3 else 0
-    return words[0] >> _U32(16) if high else words[0] & _U16
+    high = which < 3 and inst.encoding != "sdwa" and bits(inst, "op_sel", 0)[which]
+    half: Array = words[0] >> _U32(16) if high else words[0] & _U16
+    return half
 
 
 def read(state: WaveState, inst: Instruction, position: int) -> Array:
@@ -254,8 +252,7 @@ def modify_output(state: WaveState, inst: Instruction, values: Array) -> Array:
     factor = {2: 2.0, 4: 4.0}.get(number(inst, "mul")) or (0.5 if number(inst, "div") else None)
     if factor is not None and flushing and not state.mode.ieee:
         # Output modifiers work only while denormals are flushed, and give no minus zero.
-        with np.errstate(all="ignore"):
-            values = flush(values * values.dtype.type(factor), True)
+        values = flush(values * values.dtype.type(factor), True)
         values = np.where(values == 0, values.dtype.type(0), values)
     return clamp_float(state, inst, values)
 
@@ -343,8 +340,3 @@ def _merge(old: Array, values: Array, inst: Instruction) -> Array:
         negative = values >> _U32(width - 1) & _U32(1)
         return np.where(negative == 1, placed | _U32(above), placed)
     return placed
-
-
-def m0(state: WaveState) -> int:
-    """Return M0."""
-    return int(state.sgpr[M0])

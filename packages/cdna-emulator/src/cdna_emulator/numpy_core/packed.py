@@ -71,11 +71,10 @@ def _packed_half(name: str, formula: Callable[..., Array]) -> None:
         count = len(sources(inst))
         pairs = [_parts(state, inst, k, 16) for k in range(count)]
         halves = []
-        with np.errstate(all="ignore"):
-            for side in (0, 1):
-                operands = [_half_floats(state, pair[side]) for pair in pairs]
-                value = modify_output(state, inst, formula(state.mode, *operands))
-                halves.append(np.ascontiguousarray(value).view(np.uint16).astype(np.uint32))
+        for side in (0, 1):
+            operands = [_half_floats(state, pair[side]) for pair in pairs]
+            value = modify_output(state, inst, formula(state.mode, *operands))
+            halves.append(np.ascontiguousarray(value).view(np.uint16).astype(np.uint32))
         _put(state, inst, (halves[0] | halves[1] << _U32(16))[None])
 
 
@@ -127,12 +126,11 @@ def _packed_single(name: str, formula: Callable[..., Array]) -> None:
     def execute(state: WaveState, inst: Instruction) -> None:
         pairs = [_parts(state, inst, k, 32) for k in range(len(sources(inst)))]
         words = []
-        with np.errstate(all="ignore"):
-            for side in (0, 1):
-                floats = [np.ascontiguousarray(p[side]).view(np.float32) for p in pairs]
-                flushed = [rounding.flush(x, state.mode.flush_inputs32) for x in floats]
-                value = modify_output(state, inst, formula(state.mode, *flushed))
-                words.append(np.ascontiguousarray(value).view(np.uint32))
+        for side in (0, 1):
+            floats = [np.ascontiguousarray(p[side]).view(np.float32) for p in pairs]
+            flushed = [rounding.flush(x, state.mode.flush_inputs32) for x in floats]
+            value = modify_output(state, inst, formula(state.mode, *flushed))
+            words.append(np.ascontiguousarray(value).view(np.uint32))
         _put(state, inst, np.stack(words))
 
 
@@ -154,7 +152,8 @@ def _packed_move(state: WaveState, inst: Instruction) -> None:
 def _accumulator(state: WaveState, inst: Instruction) -> Array:
     """Return the third source, which the two-operand forms take from the destination."""
     position = sources(inst)[2] if len(sources(inst)) == 3 else 0
-    return raw(state, inst, position, 1)[0]
+    result: Array = raw(state, inst, position, 1)[0]
+    return result
 
 
 def _fields(values: Array, width: int, is_signed: bool) -> list[Array]:
@@ -204,15 +203,11 @@ def _float_dot(
         total = rounding.flush(total, True)
         if len(sources(inst)) == 3 and bits(inst, "neg_lo", 0)[2]:
             total = -total
-        with np.errstate(all="ignore"):
-            sides = [
-                [convert(pair[side]).astype(np.float32) for pair in pairs]
-                for side in (0, 1)
-            ]
-            products = [rounding.flush(a * b, True) for a, b in sides]
-            terms = [*products, total] if sums_products_first else [total, *products]
-            partial = rounding.flush(terms[0] + terms[1], True)
-            value = clamp_float(state, inst, rounding.flush(partial + terms[2], True))
+        sides = [[convert(pair[side]).astype(np.float32) for pair in pairs] for side in (0, 1)]
+        products = [rounding.flush(a * b, True) for a, b in sides]
+        terms = [*products, total] if sums_products_first else [total, *products]
+        partial = rounding.flush(terms[0] + terms[1], True)
+        value = clamp_float(state, inst, rounding.flush(partial + terms[2], True))
         _put(state, inst, np.ascontiguousarray(value).view(np.uint32)[None])
 
 
@@ -237,30 +232,24 @@ def _mixed_source(state: WaveState, inst: Instruction, which: int) -> Array:
         value = _half_floats(state, half).astype(np.float32)
     else:
         value = np.ascontiguousarray(word).view(np.float32)
-    value = np.ascontiguousarray(value).view(np.uint32)
+    pattern: Array = np.ascontiguousarray(value).view(np.uint32)
     if operand.abs:
-        value = value & _U32(0x7FFFFFFF)
+        pattern = pattern & _U32(0x7FFFFFFF)
     if operand.neg:
-        value = value ^ _U32(0x80000000)
-    return rounding.flush(value.view(np.float32), state.mode.flush_inputs32)
+        pattern = pattern ^ _U32(0x80000000)
+    return rounding.flush(pattern.view(np.float32), state.mode.flush_inputs32)
 
 
-@handler(
-    "v_fma_mix_f32 v_mad_mix_f32 v_fma_mixlo_f16 v_fma_mixhi_f16 v_mad_mixlo_f16 v_mad_mixhi_f16"
-)
+@handler("v_fma_mix_f32 v_fma_mixlo_f16 v_fma_mixhi_f16")
 def _mix(state: WaveState, inst: Instruction) -> None:
     a, b, c = (_mixed_source(state, inst, k) for k in range(3))
     mode: Mode = state.mode
     name = inst.mnemonic
-    with np.errstate(all="ignore"):
-        if name.startswith("v_mad"):
-            value = rounding.add(rounding.mul(a, b, mode.round32), c, mode.round32)
-        else:
-            value = rounding.fma(a, b, c, mode.round32)
-        if name.endswith("f16"):
-            # The sum is rounded to f32 first.
-            value = rounding.round_float(value.astype(np.float64), np.float16, mode.round64)
-        value = modify_output(state, inst, value)
+    value = rounding.fma(a, b, c, mode.round32)
+    if name.endswith("f16"):
+        # The sum is rounded to f32 first.
+        value = rounding.round_float(value.astype(np.float64), np.float16, mode.round64)
+    value = modify_output(state, inst, value)
     old = state.vgpr[inst.operands[0].index]
     if name.endswith("f32"):
         word = np.ascontiguousarray(value).view(np.uint32)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from cdna_emulator.instruction import Instruction
 from cdna_emulator.numpy_core.operands import read, write
-from cdna_emulator.numpy_core.state import Array, Mode, WaveState
+from cdna_emulator.numpy_core.state import Mode, WaveState
 
 Handler = Callable[[WaveState, Instruction], None]
 
@@ -62,13 +60,12 @@ def add_lanewise(names: str, function: Callable[..., Any]) -> None:
     def execute(state: WaveState, inst: Instruction) -> None:
         slots = inst.op.slots
         sources = [read(state, inst, k) for k, slot in enumerate(slots) if slot.is_read]
-        with np.errstate(all="ignore"):
-            results = function(Step(state, inst), *sources)
-            if not isinstance(results, tuple):
-                results = (results,)
-            written = [k for k, slot in enumerate(slots) if slot.is_written]
-            for position, values in zip(written, results, strict=True):
-                write(state, inst, position, values)
+        results = function(Step(state, inst), *sources)
+        if not isinstance(results, tuple):
+            results = (results,)
+        written = [k for k, slot in enumerate(slots) if slot.is_written]
+        for position, values in zip(written, results, strict=True):
+            write(state, inst, position, values)
 
     _add(names, execute)
 

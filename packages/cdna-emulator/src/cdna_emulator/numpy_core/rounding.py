@@ -40,11 +40,11 @@ def round_float(value: Array, dtype: type, mode: int) -> Array:
     """Round float64 to float32 or float16; float64 stays as it is."""
     if dtype is np.float64:
         return value
-    near = value.astype(dtype)
+    near: Array = value.astype(dtype)
     if mode == NEAREST:
         return near
     wide = near.astype(np.float64)
-    infinity = dtype(np.inf)  # type: ignore[operator]
+    infinity = dtype(np.inf)
     down = np.where(wide > value, np.nextafter(near, -infinity), near)
     up = np.where(wide < value, np.nextafter(near, infinity), near)
     if mode == UP:

@@ -178,11 +178,10 @@ _sum("s_min_i32", lambda a, b, c: (min(signed(a), signed(b)), signed(a) < signed
 _sum("s_max_i32", lambda a, b, c: (max(signed(a), signed(b)), signed(a) >= signed(b)))
 _sum("s_min_u32", lambda a, b, c: (min(a, b), a < b))
 _sum("s_max_u32", lambda a, b, c: (max(a, b), a >= b))
-for _shift in (1, 2, 3, 4):
-    _sum(
-        f"s_lshl{_shift}_add_u32",
-        lambda a, b, c, n=_shift: ((a << n) + b, (a << n) + b > 0xFFFFFFFF),
-    )
+_sum("s_lshl1_add_u32", lambda a, b, c: (2 * a + b, 2 * a + b > 0xFFFFFFFF))
+_sum("s_lshl2_add_u32", lambda a, b, c: (4 * a + b, 4 * a + b > 0xFFFFFFFF))
+_sum("s_lshl3_add_u32", lambda a, b, c: (8 * a + b, 8 * a + b > 0xFFFFFFFF))
+_sum("s_lshl4_add_u32", lambda a, b, c: (16 * a + b, 16 * a + b > 0xFFFFFFFF))
 
 
 @handler("s_addk_i32")

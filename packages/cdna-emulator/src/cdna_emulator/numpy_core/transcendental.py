@@ -15,7 +15,6 @@ from cdna_emulator.numpy_core.registry import Step, add_lanewise
 from cdna_emulator.numpy_core.rounding import flush
 from cdna_emulator.numpy_core.state import Array
 
-
 #: Arguments of sine and cosine are valid up to here.
 _MAX_TURNS = 256.0
 

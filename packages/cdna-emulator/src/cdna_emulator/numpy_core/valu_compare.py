@@ -54,8 +54,7 @@ def _register(prefix: str, name: str, kind: str) -> None:
         a, b = read(state, inst, 1), read(state, inst, 2)
         if kind.startswith("i"):
             a, b = a.view(f"i{a.dtype.itemsize}"), b.view(f"i{b.dtype.itemsize}")
-        with np.errstate(all="ignore"):
-            _finish(state, inst, compare(a, b))
+        _finish(state, inst, compare(a, b))
 
 
 for _prefix in ("v_cmp", "v_cmpx"):
@@ -73,8 +72,7 @@ def value_class(values: Array) -> Array:
     exponent = exponent_field(values)
     top = exponent_field(np.array([np.inf], values.dtype))[0]
     result = np.where(negative, 5, 6)
-    with np.errstate(all="ignore"):
-        result = np.where(values != 0, np.where(negative, 4, 7), result)
+    result = np.where(values != 0, np.where(negative, 4, 7), result)
     result = np.where(exponent > 0, np.where(negative, 3, 8), result)
     result = np.where(exponent == top, np.where(negative, 2, 9), result)
     return np.where(np.isnan(values), np.where(is_signalling(values), 0, 1), result)

@@ -211,7 +211,8 @@ def _mbcnt_hi(step: Step, a: Array, b: Array) -> Array:
 @lanewise("v_bfe_u32")
 def _bfe_unsigned(step: Step, a: Array, b: Array, c: Array) -> Array:
     width = c & _U32(31)
-    return a >> (b & _U32(31)) & ((_U32(1) << width) - _U32(1))
+    result: Array = a >> (b & _U32(31)) & ((_U32(1) << width) - _U32(1))
+    return result
 
 
 @lanewise("v_bfe_i32")
@@ -329,7 +330,8 @@ def _lerp(step: Step, a: Array, b: Array, c: Array) -> Array:
 @lanewise("v_sat_pk_u8_i16")
 def _saturate_bytes(step: Step, a: Array) -> Array:
     low, high = (np.clip(signed(h.astype(np.uint16)), 0, 255) for h in _halves(a))
-    return (wide(low) | wide(high) << 8).astype(_U32)
+    result: Array = (wide(low) | wide(high) << 8).astype(_U32)
+    return result
 
 
 @lanewise("v_ashr_pk_i8_i32 v_ashr_pk_u8_i32")
