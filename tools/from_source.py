@@ -19,6 +19,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Its core is compiled and its dependencies are installed; sources alone do not run.
+NEEDS_INSTALLING = "cdna-emulator"
 
 
 def main(arguments: list[str]) -> int:
@@ -29,6 +31,8 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mla-metadata-") as metadata:
         places = [metadata]
         for project in sorted(ROOT.glob("packages/*/src")):
+            if project.parent.name == NEEDS_INSTALLING:
+                continue
             write_metadata(project.parent, Path(metadata))
             places.append(str(project))
         if inherited := os.environ.get("PYTHONPATH"):
