@@ -21,12 +21,17 @@ from cdna_emulator.program import Program
 #: Cycles for which a wave-instruction occupies its unit: 64 lanes pass 16 at a time, transcendental
 #: functions a quarter as fast.
 _VALU_CYCLES, _TRANS_CYCLES, _SCALAR_CYCLES = 4, 16, 4
-#: Floating-point operations of one SIMD per cycle in matrix instructions, by input type: the peak
-#: rates of AMD's MI300X and MI355X data sheets divided by compute units, SIMDs and clock.
+#: Operations of one SIMD per cycle in matrix instructions, by input type: the peak rates of AMD's
+#: MI300X and MI355X data sheets divided by compute units, SIMDs and clock.
 _MATRIX_RATES = {
-    "gfx942": {"f64": 64, "f32": 64, "xf32": 256, "16": 512, "8": 1024, "f8f6f4": 1024},
-    "gfx950": {"f64": 32, "f32": 64, "xf32": 256, "16": 1024, "8": 2048, "f8f6f4": 2048},
+    "gfx942": {"f64": 64, "f32": 64, "xf32": 256, "16": 512, "8": 1024},
+    "gfx950": {"f64": 32, "16": 1024, "8": 2048, "f8f6f4": 2048},
 }
+#: Cycles of those that multiply several small blocks, by rows: 16- and 8-bit inputs win nothing.
+_BLOCK_CYCLES = {32: 64, 16: 32, 4: 8}
+_F64_BLOCK_CYCLES = 16
+#: Numbers of the formats fp6, bf6 and fp4 in cbsz and blgp.
+_NARROW_FORMATS = (2, 3, 4)
 _SHAPE = re.compile(r"_(\d+)x(\d+)x(\d+)(?:_(\d+)b)?_")
 
 
@@ -118,7 +123,7 @@ def _space(instruction: Instruction) -> str:
 def _issue_cycles(instruction: Instruction, arch: str) -> int:
     unit = instruction.op.unit
     if unit is Unit.MFMA:
-        return matrix_cycles(instruction.mnemonic, arch)
+        return matrix_cycles(instruction, arch)
     if unit is Unit.TRANS:
         return _TRANS_CYCLES
     if unit is Unit.VALU:
@@ -126,18 +131,24 @@ def _issue_cycles(instruction: Instruction, arch: str) -> int:
     return _SCALAR_CYCLES
 
 
-def matrix_cycles(mnemonic: str, arch: str) -> int:
-    """Return the cycles of one matrix instruction at its peak rate."""
+def matrix_cycles(instruction: Instruction, arch: str) -> int:
+    """Return the cycles for which a matrix instruction occupies the matrix core."""
+    mnemonic = instruction.mnemonic
     match = _SHAPE.search(mnemonic)
     if match is None:
         raise ValueError(f"{mnemonic}: must name a matrix shape")
     rows, columns, depth, blocks = (int(text or 1) for text in match.groups())
     kind = mnemonic[match.end() :]
+    if blocks > 1:
+        return _F64_BLOCK_CYCLES if kind == "f64" else _BLOCK_CYCLES[rows]
     if kind.startswith(("fp8", "bf8", "i8")):
-        rate = "8"
+        kind = "8"
     elif kind in ("f16", "bf16"):
-        rate = "16"
-    else:
-        rate = kind
-    operations = 2 * rows * columns * depth * blocks
-    return max(8, operations // _MATRIX_RATES[arch][rate])
+        kind = "16"
+    # Those that gfx950 inherited kept their cycles, beside wider and faster ones; f64 got slower.
+    is_inherited = "gfx950" not in instruction.op.flags and kind != "f64"
+    rate = _MATRIX_RATES["gfx942" if is_inherited else arch][kind]
+    formats = [instruction.modifiers.get(name, 0) for name in ("cbsz", "blgp")]
+    if kind == "f8f6f4" and all(form in _NARROW_FORMATS for form in formats):
+        rate *= 2
+    return 2 * rows * columns * depth // rate

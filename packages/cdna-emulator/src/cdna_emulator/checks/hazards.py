@@ -49,13 +49,14 @@ def find_hazards(program: Program) -> list[Finding]:
                     worst = missing, wait, producer
         if worst is not None:
             missing, wait, producer = worst
+            plural = "s" if wait.needed > 1 else ""
             findings.append(
                 Finding(
                     kind="wait_states",
                     kernel=program.name,
                     address=consumer.address,
                     instruction=consumer.text,
-                    detail=f"{wait.why}: needs {wait.needed} wait states after "
+                    detail=f"{wait.why}: needs {wait.needed} wait state{plural} after "
                     f"`{producer.text}` at {producer.address:#x}, has {wait.needed - missing}",
                     source_line=program.source_lines[index],
                 )
@@ -106,10 +107,10 @@ def _waits(producer: Instruction, consumer: Instruction, arch: str) -> Iterator[
         yield from (Wait(*found) for found in matrix_waits(producer, consumer, arch))
     elif producer.op.unit is Unit.SALU:
         yield from _after_salu(producer, consumer, written)
-    elif data := regs.store_data(producer):
+    elif regs.is_valu(consumer) and regs.store_data(producer) & regs.writes(consumer):
         # Stores wider than 64 bits take their data later than they are issued.
-        if regs.is_valu(consumer) and data & regs.writes(consumer):
-            yield Wait(2, "overwrites the data of a store of more than 64 bits")
+        needed = 1 if regs.has_scalar_offset(producer) else 2
+        yield Wait(needed, "overwrites the data of a store of more than 64 bits")
 
 
 def _after_valu(
@@ -120,8 +121,10 @@ def _after_valu(
     vectors = {register for register in shared if regs.is_vector(register)}
     scalars = shared - vectors
     name = consumer.mnemonic
+    if _is_dot(producer):
+        yield from _after_dot(producer, consumer, vectors)
     if regs.is_matrix(consumer):
-        if vectors:
+        if vectors and not _is_dot(producer):
             yield Wait(2, "matrix operand written by the vector ALU")
         if regs.EXEC_REGISTERS & written:
             yield Wait(4, "matrix instruction after the vector ALU wrote EXEC")
@@ -141,6 +144,8 @@ def _after_valu(
         yield Wait(2, "scalar register written by the vector ALU")
     if regs.EXEC_REGISTERS & written and name in (*_LANE_ACCESS, "v_readfirstlane_b32"):
         yield Wait(4, "lane access after the vector ALU wrote EXEC")
+    if producer.mnemonic.startswith("v_cmpx") and name.startswith("v_permlane"):
+        yield Wait(4, "lane permutation after v_cmpx wrote EXEC")
     if not vectors:
         return
     if "dpp" in consumer.encoding and vectors & regs.of_operand(_first_source(consumer)):
@@ -153,8 +158,22 @@ def _after_valu(
         yield Wait(1, "reads the result of a transcendental instruction")
     if _writes_half(producer):
         yield Wait(1, "reads a register of which SDWA or op_sel wrote a part")
-    if _is_dot(producer) and (not _is_dot(consumer) or name != producer.mnemonic):
+
+
+def _after_dot(producer: Instruction, consumer: Instruction, shared: set[int]) -> Iterator[Wait]:
+    """Yield waits for a dot product's result, which only its like forwards, as accumulator."""
+    is_memory = consumer.op.unit.is_vector_memory or consumer.op.unit is Unit.LDS
+    if not regs.is_valu(consumer) and not is_memory:
+        return
+    is_same = consumer.mnemonic == producer.mnemonic
+    if is_same:
+        shared = shared & (
+            regs.of_operand(consumer.operands[1]) | regs.of_operand(consumer.operands[2])
+        )
+    if shared:
         yield Wait(3, "reads the result of a dot product")
+    if not is_same and regs.writes(producer) & regs.writes(consumer):
+        yield Wait(3, "overwrites the result of a dot product")
 
 
 def _after_salu(

@@ -2,7 +2,8 @@
 
 A matrix instruction takes 2, 4, 8 or 16 passes of four cycles. Those that run on the matrix core
 proper ("XDL") deliver their result one state later than those on f32 ("SGEMM"), and gfx950 adds one
-more to all but the shortest. Instructions on f64 ("DGEMM") have numbers of their own.
+more to all but the shortest. Instructions on f64 ("DGEMM") have numbers of their own, and gfx950
+needs eight more states for those of 16 rows, which take 16 passes there instead of 8.
 """
 
 from __future__ import annotations
@@ -16,20 +17,13 @@ from cdna_emulator.profile import matrix_cycles
 
 _CYCLES_PER_PASS = 4
 _F64_SMALL = "4x4x4"
-#: Numbers of the operand formats fp6, bf6 and fp4.
-_SIX_OR_FOUR_BITS = (2, 3, 4)
+#: More states on gfx950 for f64 with 16 rows.
+_SLOWER_F64 = {"gfx942": 0, "gfx950": 8}
 
 
 def passes(instruction: Instruction, arch: str) -> int:
     """Return how many passes a matrix instruction takes."""
-    if "gfx950" not in instruction.op.flags:
-        # Those that gfx950 inherited kept their passes, also where it has a wider, faster one.
-        arch = "gfx942"
-    count = matrix_cycles(instruction.mnemonic, arch) // _CYCLES_PER_PASS
-    formats = [instruction.modifiers.get(name, 0) for name in ("cbsz", "blgp")]
-    if "f8f6f4" in instruction.mnemonic and all(form in _SIX_OR_FOUR_BITS for form in formats):
-        count //= 2
-    return count
+    return matrix_cycles(instruction, arch) // _CYCLES_PER_PASS
 
 
 def _is_f64(mnemonic: str) -> bool:
@@ -55,7 +49,8 @@ def matrix_waits(
     if result & regs.reads(consumer):
         yield _until_result(producer, arch, is_memory), "reads the result of a matrix instruction"
     if result & regs.writes(consumer):
-        needed = _until_result(producer, arch, is_memory=False)
+        # The longer way of f64 on gfx950 matters to readers alone.
+        needed = _until_result(producer, "gfx942" if _is_f64(producer.mnemonic) else arch, False)
         yield needed, "overwrites the result of a matrix instruction"
     if _is_xdl(producer.mnemonic) and regs.is_valu(consumer):
         accumulated = regs.of_operand(producer.operands[3])
@@ -71,7 +66,7 @@ def _until_result(producer: Instruction, arch: str, is_memory: bool) -> int:
     if _is_f64(name):
         if _F64_SMALL in name:
             return 9 if is_memory else 6
-        return 18 if is_memory else 11
+        return 18 if is_memory else 11 + _SLOWER_F64[arch]
     return _overlap(producer, arch, xdl_extra=3, other_extra=2)
 
 
@@ -91,14 +86,14 @@ def _matrix_after_matrix(
         inputs |= regs.of_operand(scale)
     if result & inputs:
         if _is_f64(name):
-            needed = 6 if _F64_SMALL in name else 11
+            needed = 6 if _F64_SMALL in name else 11 + _SLOWER_F64[arch]
         else:
             needed = _overlap(producer, arch, xdl_extra=3, other_extra=2)
         yield needed, "matrix input is the result of a matrix instruction"
     accumulator = regs.of_operand(consumer.operands[3])
     if not result & accumulator:
         return
-    if min(result) == min(accumulator):
+    if result == accumulator:
         # Results are forwarded to the accumulator input of the same registers.
         if _is_f64(name) and _F64_SMALL in name and _F64_SMALL in next_name:
             yield 4, "accumulator input is the result of a matrix instruction"
@@ -106,8 +101,10 @@ def _matrix_after_matrix(
             yield 2, "accumulator input is the result of a matrix instruction"
     elif _is_f64(name):
         if not _is_xdl(next_name):
-            needed = 4 if _F64_SMALL in name else 9
+            needed = 4 if _F64_SMALL in name else 9 + _SLOWER_F64[arch]
             yield needed, "accumulator input overlaps the result of a matrix instruction"
     elif _is_xdl(name) or not _is_xdl(next_name):
         needed = _overlap(producer, arch, xdl_extra=1, other_extra=0)
+        if arch == "gfx950" and _is_xdl(next_name) and passes(producer, arch) == 2:
+            needed += 1  # here the shortest are no exception
         yield needed, "accumulator input overlaps the result of a matrix instruction"

@@ -100,6 +100,11 @@ def store_data(instruction: Instruction) -> Registers:
     return frozenset().union(*(of_operand(operand) for operand in wide))
 
 
+def has_scalar_offset(instruction: Instruction) -> bool:
+    """Whether it is a buffer instruction whose offset is a scalar register."""
+    return instruction.op.unit is Unit.BUFFER and instruction.operands[-1].kind == "sgpr"
+
+
 def hardware_register(instruction: Instruction) -> int | None:
     """Return the number of the hardware register of ``s_setreg`` and ``s_getreg``."""
     if not instruction.mnemonic.startswith(("s_setreg", "s_getreg")):
