@@ -296,8 +296,9 @@ def _div_scale(
         elif _is_denormal(denominator[lane]):
             shift = power
         elif reciprocal_tiny and quotient_tiny:
+            # The documents scale up here, which overflows; scaled down, division is right.
             flags[lane] = True
-            shift = power if same_denominator[lane] else 0
+            shift = -power if same_denominator[lane] else 0
         elif reciprocal_tiny:
             shift = -power
         elif quotient_tiny:
