@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from cdna_emulator.errors import ArgumentError, ToolchainError
 pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
-from cdna_emulator import triton_bridge  # noqa: E402
+from cdna_emulator import triton_bridge, triton_worker  # noqa: E402
 from cdna_emulator.triton_bridge import emulate, locate, replaced  # noqa: E402
 from cdna_emulator.triton_compiler import TritonWorker  # noqa: E402
 from cdna_emulator.triton_signature import Parameter, bind, specialise  # noqa: E402
@@ -265,3 +267,36 @@ def test_kernels_in_their_module(monkeypatch):
     assert module.tuned is own
     assert len(results) == 1
     assert torch.equal(x, torch.where(torch.arange(128) < 100, torch.arange(128), 0).int())
+
+
+def test_no_compiler_starts_another(monkeypatch):
+    monkeypatch.setenv(triton_worker.INSIDE, "1")
+    compiler = TritonWorker()
+    with pytest.raises(SystemExit, match="while its file was imported"):
+        compiler.describe(str(KERNELS), "scaled_copy")
+
+
+SCRIPT = """
+import torch, triton
+from triton import language as tl
+from cdna_emulator.triton_bridge import emulate
+
+@triton.jit
+def twice(x, BLOCK: tl.constexpr):
+    tl.store(x + tl.arange(0, BLOCK), 2.0 * tl.load(x + tl.arange(0, BLOCK)))
+
+x = torch.randn(256)
+y = x.clone()
+emulate(twice, "gfx942")[(1,)](x, BLOCK=256)
+print(torch.equal(x, 2 * y))
+"""
+
+
+def test_script_without_a_main_guard(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["True"], done.stderr

@@ -156,7 +156,11 @@ class TritonWorker:
     def _start(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:
             return self._process
-        environment = {**os.environ, "TRITON_INTERPRET": "0"}
+        if os.environ.get(triton_worker.INSIDE):
+            # A compiler process imports the file of a kernel. When that file is a script whose
+            # launches run on import, another process here would import it again, without end.
+            raise SystemExit("a kernel was launched while its file was imported to compile it")
+        environment = {**os.environ, "TRITON_INTERPRET": "0", triton_worker.INSIDE: "1"}
         # What this process can import, the kernels' modules can; the chosen Triton comes first.
         path = [entry for entry in sys.path if entry]
         if self.python_path is not None:

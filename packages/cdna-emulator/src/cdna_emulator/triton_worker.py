@@ -45,6 +45,10 @@ def write_message(stream: IO[bytes], message: Any) -> None:
     stream.flush()
 
 
+#: Set in the environment of a compiler process: nothing it imports may start another.
+INSIDE = "CDNA_EMULATOR_COMPILER"
+
+
 def load_module(where: str) -> ModuleType:
     """Import a module by dotted name, or by path when it ends in ``.py``."""
     if not where.endswith(".py"):
@@ -64,6 +68,9 @@ def load_module(where: str) -> ModuleType:
         sys.path.append(str(path.parent))
     try:
         spec.loader.exec_module(module)
+    except SystemExit:
+        # A script came to its first launch; the kernels above it are defined.
+        return module
     except BaseException:
         del sys.modules[name]
         raise
