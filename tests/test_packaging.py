@@ -46,7 +46,7 @@ def requirement_names(requirements: list[str]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("name", (*ALL, EMULATOR))
+@pytest.mark.parametrize("name", [*ALL, EMULATOR])
 def test_every_project_says_the_same_about_itself(name):
     table = project(name)
     assert table["name"] == name
@@ -58,7 +58,7 @@ def test_every_project_says_the_same_about_itself(name):
     assert "## Unreleased" in (folder / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("name", (*WITH_CODE, EMULATOR))
+@pytest.mark.parametrize("name", [*WITH_CODE, EMULATOR])
 def test_the_version_is_in_one_place(name):
     module = __import__(name.replace("-", "_"))
     assert version(name) == module.__version__
