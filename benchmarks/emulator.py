@@ -1,4 +1,4 @@
-"""Speed of the emulator on decode kernels: JSON lines under ``benchmarks/results/cpu``.
+"""Speed of the emulator on decode kernels: JSON lines under ``benchmarks/results/emulator``.
 
     python benchmarks/emulator.py
 
@@ -26,7 +26,7 @@ from mla_core.testing.cases import DecodeCase
 from mla_core.testing.conformance import check_decode
 from mla_core.testing.emulation import emulated_triton
 
-RESULTS = Path(__file__).resolve().parent / "results" / "cpu"
+RESULTS = Path(__file__).resolve().parent / "results" / "emulator"
 TRITON_KERNEL = "mla_triton.kernels.decode:decode_kernel"
 ARCHS = ("gfx942", "gfx950")
 REQUESTS, TOKENS = 8, 2048
