@@ -195,9 +195,12 @@ class Writer:
     def _sdwa(self, op: OpSpec, count: int) -> list[str]:
         words = []
         if op.slots and op.slots[0].type != "mask":
-            # The sign of a NaN, which UNUSED_SEXT would spread, is not documented.
-            unused = tuple(x for x in _UNUSED if "SEXT" not in x or op.slots[0].type[0] in "iub")
-            words += [f"dst_sel:{self.pick(_SELECTS)}", f"dst_unused:{self.pick(unused)}"]
+            selects, unused = _SELECTS, _UNUSED
+            if op.slots[0].type in _FLOATS:
+                # What a NaN carries, and its sign that UNUSED_SEXT would spread, is not documented.
+                selects = _SELECTS[4:] if op.slots[0].type == "f16" else _SELECTS[6:]
+                unused = (_UNUSED[0], _UNUSED[2])
+            words += [f"dst_sel:{self.pick(selects)}", f"dst_unused:{self.pick(unused)}"]
         words += [f"src{k}_sel:{self.pick(_SELECTS)}" for k in range(min(count, 2))]
         return words
 
