@@ -35,7 +35,7 @@ def source(tmp_path, monkeypatch) -> Path:
     """Write a source that uses macros, an include and a symbol, as a file in two parts."""
     lines = ['.include "part.inc"', "repeat 3", ".if WIDE == 1", "s_nop 9", ".endif"]
     # The text that assemble_lines would assemble.
-    monkeypatch.setattr(assembler, "assemble", lambda text, arch: text)
+    monkeypatch.setattr(assembler, "assemble", lambda text, arch, debug: text)
     text = assemble_lines(lines, "gfx942", name="k")
     monkeypatch.undo()
     path = tmp_path / "one" / "kernel.s"

@@ -104,8 +104,11 @@ def test_describe():
     (y,) = memory.map_arrays([("y", high)])
     assert memory.describe(x) == "byte 0 of x (24 bytes)"
     assert memory.describe(x + 23) == "byte 23 of x (24 bytes)"
+    assert memory.describe(x + 20, 4) == "byte 20 of x (24 bytes)"
+    assert memory.describe(x + 22, 4) == "byte 22 of x (24 bytes), the last 2 past its end"
     assert memory.describe(x + 24) == "0 bytes past the end of x (24 bytes)"
     assert memory.describe(x - 3) == "3 bytes before x (24 bytes)"
+    assert memory.describe(x - 1) == "1 byte before x (24 bytes)"
     assert memory.describe(y + 5) == "byte 5 of y (24 bytes, read-only)"
     assert memory.describe(0x10) == "0x10, in no buffer's slot"
     assert memory.describe(3 << SLOT_BITS) == f"{3 << SLOT_BITS:#x}, in no buffer's slot"

@@ -41,7 +41,7 @@ for arch in ("gfx942", "gfx950"):
 
 def test_lines_of_assembly(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(assembler, "assemble", lambda text, arch: text)
+        patch.setattr(assembler, "assemble", lambda text, arch, debug: text)
         text = assemble_lines(["s_nop 1", "", "s_nop 2"], "gfx942")
     # Lines count from the first instruction up to the directives behind them.
     text = text.replace('# 1 "kernel"\n', "").replace('# 1 "directives of kernel"\n', "")

@@ -144,6 +144,7 @@ def assemble_kernels(
     group_segment_size: int = 0,
     private_segment_size: int = 0,
     directives: Mapping[str, int] | None = None,
+    debug: bool = False,
 ) -> bytes:
     """Wrap instructions into a code object, for tests and experiments.
 
@@ -164,6 +165,8 @@ def assemble_kernels(
         Bytes of LDS and of scratch.
     directives : mapping of str to int
         More ``.amdhsa_`` directives without that prefix, or other values for those used here.
+    debug : bool
+        Keep line numbers: instructions then come from lines of a file called as their kernel.
 
     Returns
     -------
@@ -198,7 +201,7 @@ def assemble_kernels(
     for name in kernels:
         source += _metadata(name, pointers, settings)
     source += [".end_amdgpu_metadata"]
-    return assemble("\n".join(source) + "\n", arch)
+    return assemble("\n".join(source) + "\n", arch, debug=debug)
 
 
 def _kernel(name: str, lines: Iterable[str], settings: Mapping[str, int]) -> list[str]:

@@ -123,21 +123,21 @@ class DeviceMemory:
         for number in numbers:
             addresses[number] = base + spans[number].first - begin
 
-    def describe(self, address: int) -> str:
-        """Say where an address is, in words for a finding."""
+    def describe(self, address: int, size: int = 1) -> str:
+        """Say where ``size`` bytes at an address are, in words for a finding."""
         slot = address >> SLOT_BITS
         if not 1 <= slot <= len(self.buffers):
             return f"{address:#x}, in no buffer's slot"
         buffer = self.buffers[slot - 1]
         offset = address - buffer.address
-        if offset < 0:
-            return f"{-offset} bytes before {buffer.name} ({buffer.size} bytes)"
-        if offset >= buffer.size:
-            return (
-                f"{offset - buffer.size} bytes past the end of {buffer.name} ({buffer.size} bytes)"
-            )
         kind = "" if buffer.is_writable else ", read-only"
-        return f"byte {offset} of {buffer.name} ({buffer.size} bytes{kind})"
+        name = f"{buffer.name} ({bytes_of(buffer.size)}{kind})"
+        if offset < 0:
+            return f"{bytes_of(-offset)} before {name}"
+        if offset >= buffer.size:
+            return f"{bytes_of(offset - buffer.size)} past the end of {name}"
+        over = offset + size - buffer.size
+        return f"byte {offset} of {name}{f', the last {over} past its end' if over > 0 else ''}"
 
     def view(self, address: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
         """Return the bytes at a device address as a writable view; None out of bounds."""
@@ -150,6 +150,11 @@ class DeviceMemory:
             return None
         array = (ctypes.c_uint8 * size).from_address(buffer.host + offset)
         return np.frombuffer(array, np.uint8)
+
+
+def bytes_of(count: int) -> str:
+    """Return a number of bytes in words."""
+    return f"{count} byte{'s' if count != 1 else ''}"
 
 
 def is_array(value: object) -> bool:

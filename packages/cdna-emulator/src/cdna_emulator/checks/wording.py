@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cdna_emulator.checks.findings import Finding
-from cdna_emulator.instruction import AGPR_BASE
-from cdna_emulator.memory import DeviceMemory
+from cdna_emulator.instruction import AGPR_BASE, M0, VCC
+from cdna_emulator.memory import DeviceMemory, bytes_of
 from cdna_emulator.native_core import Counters, FindingRecord
 from cdna_emulator.program import Program
 
@@ -27,6 +27,8 @@ class _Context:
         return f"`{other.text}` at {other.address:#x}{f' ({line})' if line else ''}"
 
 
+#: Scalar registers that have names of their own.
+_SPECIAL_NAMES = {VCC: "vcc_lo", VCC + 1: "vcc_hi", M0: "m0"}
 #: How the core tells scalar registers and LDS addresses from vector registers.
 _SGPR_DETAIL, _LDS_DETAIL = 1024, 1 << 32
 #: The number of bytes of an access; above it the core has marks of its own.
@@ -38,8 +40,12 @@ def _place(detail: int) -> str:
     if detail & _LDS_DETAIL:
         return f"LDS address {detail & (_LDS_DETAIL - 1):#x}"
     if detail >= _SGPR_DETAIL:
-        return f"s{detail - _SGPR_DETAIL}"
+        return _scalar(detail - _SGPR_DETAIL)
     return _vector(detail)
+
+
+def _scalar(number: int) -> str:
+    return _SPECIAL_NAMES.get(number, f"s{number}")
 
 
 def _vector(number: int) -> str:
@@ -52,7 +58,12 @@ def _access(context: _Context) -> str:
         verb = "updated"
     else:
         verb = "stored" if "store" in flags else "loaded"
-    return f"{verb} {context.record.detail1 & _BYTES_MASK} bytes"
+    return f"{verb} {bytes_of(context.record.detail1 & _BYTES_MASK)}"
+
+
+def _out_of_bounds(context: _Context) -> str:
+    address, size = context.record.detail0, context.record.detail1 & _BYTES_MASK
+    return f"{_access(context)} at {context.memory.describe(address, size)}"
 
 
 #: By the beginning of a mnemonic: what in the instruction a core cannot execute.
@@ -86,10 +97,7 @@ def _unsupported(context: _Context) -> str:
 
 
 _WORDS: dict[int, tuple[str, Callable[[_Context], str]]] = {
-    1: (
-        "out_of_bounds",
-        lambda c: f"{_access(c)} at {c.memory.describe(c.record.detail0)}",
-    ),
+    1: ("out_of_bounds", _out_of_bounds),
     2: (
         "lds_out_of_bounds",
         lambda c: f"{_access(c)} at LDS address {c.record.detail0:#x}",
@@ -135,7 +143,7 @@ _WORDS: dict[int, tuple[str, Callable[[_Context], str]]] = {
         "scratch_out_of_bounds",
         lambda c: f"{_access(c)} at private address {c.record.detail0:#x}",
     ),
-    13: ("uninitialised_sgpr", lambda c: f"read s{c.record.detail0}, never written"),
+    13: ("uninitialised_sgpr", lambda c: f"read {_scalar(c.record.detail0)}, never written"),
 }
 
 

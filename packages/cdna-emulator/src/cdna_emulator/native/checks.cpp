@@ -350,7 +350,8 @@ void load_unwritten(Wave& w, int lane, uint32_t address, int reg) {
     return;
   }
   s.written[reg] &= ~(1ull << lane);
-  s.lds_source[reg] = address + 1;
+  // Of the first lane, which is the one that a use reports.
+  if (s.lds_source[reg] == 0) s.lds_source[reg] = address + 1;
 }
 
 struct CellAccess {
