@@ -94,7 +94,7 @@ def run(
         Refuse a code object of another architecture.
     schedule : str
         Order of waves; see `cdna_emulator.schedule`.
-    checks : "all", "none" or names of `CHECKS`
+    checks : "all", "none" or names of `cdna_emulator.checks.findings.CHECKS`
         Accesses outside the arguments' memory are found whatever is chosen.
     core : "native" or "numpy"
         ``numpy`` is the slow second implementation; it runs waves to barriers, finds what lies out
