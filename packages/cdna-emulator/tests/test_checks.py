@@ -1,4 +1,4 @@
-"""Checkers: a kernel with one mistake gives that finding and no other, the mended one gives none."""
+"""Checkers: a kernel with one mistake gives that one finding, the mended kernel gives none."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cdna_emulator.assembler import assemble_kernels
-from cdna_emulator.checks.findings import CHECKS, Finding
 from cdna_emulator.checks import wording
+from cdna_emulator.checks.findings import CHECKS, Finding
 from cdna_emulator.code_object import CodeObject
 from cdna_emulator.launch import Result, run
 from cdna_emulator.program import Program, load_program

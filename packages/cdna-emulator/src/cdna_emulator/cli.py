@@ -29,16 +29,21 @@ _KERNEL = click.option("--kernel", help="Name of the kernel; needed when there a
 FOUND, REFUSED = 1, 2
 
 
-def main() -> None:
-    """Run the command line; errors of the emulator are messages, not tracebacks."""
-    try:
-        cli(standalone_mode=True)
-    except EmulatorError as exc:
-        click.echo(f"Error: {exc}", err=True)
-        raise SystemExit(REFUSED) from None
+class _Refused(click.ClickException):
+    exit_code = REFUSED
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """A group whose commands end with a message where the emulator raises an error of its own."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EmulatorError as exc:
+            raise _Refused(str(exc)) from exc
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Execute and check gfx942 and gfx950 machine code on a CPU."""
 
@@ -88,6 +93,9 @@ def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--arg", "words", multiple=True, help="One argument; see the README."),
         click.option("--schedule", default=DEFAULT_SCHEDULE, show_default=True),
         click.option("--checks", default="all", show_default=True, help="all, none or names,..."),
+        click.option(
+            "--dynamic-lds", default=0, show_default=True, help="Bytes beside the kernel's own."
+        ),
         click.option("--seed", default=0, show_default=True, help="Of random arguments."),
         click.option("--save", multiple=True, help="NUMBER=PATH: save an array argument as .npy."),
     )
@@ -129,11 +137,13 @@ def _run(
     words: tuple[str, ...],
     schedule: str,
     checks: str,
+    dynamic_lds: int,
     seed: int,
     save: tuple[str, ...],
 ) -> Result:
     rng = np.random.default_rng(seed)
     args = [parse_value(word, rng) for word in words]
+    saved = [_saved(item, args) for item in save]
     result = run_kernel(
         code_object,
         kernel,
@@ -142,19 +152,32 @@ def _run(
         args,
         schedule=schedule,
         checks=checks if checks in ("all", "none") else checks.split(","),
+        dynamic_lds=dynamic_lds,
         strict=False,
     )
-    for item in save:
-        number, _, path = item.partition("=")
-        if not number.isdecimal() or int(number) >= len(args) or not path:
-            raise click.BadParameter(f"must be NUMBER=PATH with an argument's number, got {item!r}")
-        np.save(path, args[int(number)])
+    for array, path in saved:
+        try:
+            np.save(path, array)
+        except OSError as exc:
+            raise click.BadParameter(f"--save: {path} must be a file to write, got {exc}") from exc
     return result
+
+
+def _saved(item: str, args: list[Any]) -> tuple[Any, str]:
+    """Return the array and the path that one ``--save`` names."""
+    number, _, path = item.partition("=")
+    is_number = number.isascii() and number.isdecimal() and int(number) < len(args)
+    if not is_number or not path or not isinstance(args[int(number)], np.ndarray):
+        raise click.BadParameter(
+            "--save must be NUMBER=PATH with the number of an array among the arguments, from 0, "
+            f"got {item!r}"
+        )
+    return args[int(number)], path
 
 
 def _sizes(option: str, text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
+    if not all(part.isascii() and part.isdecimal() for part in parts):
         raise click.BadParameter(f"{option} must be X[,Y[,Z]], got {text!r}")
     return [int(part) for part in parts]
 
@@ -165,3 +188,8 @@ def _show_findings(found: list[Any]) -> None:
         return
     Console().print(tables.findings(found))
     raise SystemExit(FOUND)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli()
