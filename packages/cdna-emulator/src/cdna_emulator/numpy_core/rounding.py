@@ -87,6 +87,22 @@ def fma(a: Array, b: Array, c: Array, mode: int) -> Array:
     return _zero_sign(result, product, c, mode)
 
 
+def fma_scaled(a: Array, b: Array, c: Array, powers: Array, mode: int) -> Array:
+    """Return ``(a * b + c) * 2**powers``, rounded once."""
+    dtype = a.dtype.type
+    if dtype is not np.float64:
+        total = odd_sum(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64))
+        return round_float(np.ldexp(total, powers), dtype, mode)
+    result = fma(a, b, c, mode)
+    finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+    for lane in np.flatnonzero(finite):
+        x, y, z = (Fraction(float(v[lane])) for v in (a, b, c))
+        exact = (x * y + z) * Fraction(2) ** int(powers[lane])
+        if exact:
+            result[lane] = round_fraction(exact, mode)
+    return result
+
+
 def _zero_sign(result: Array, a: Array, b: Array, mode: int) -> Array:
     """Give a sum that cancels exactly its sign: negative when rounding down."""
     if mode != DOWN:

@@ -231,7 +231,7 @@ def _div_fmas(step: Step, a: Array, b: Array, c: Array) -> Array:
     power, middle = (64, 127) if a.dtype.type is np.float32 else (128, 1023)
     result = _fma(step, a, b, c)
     factor = np.where(exponent_field(c) > middle, power, -power)
-    unscaled = scaled(result, factor, rounding_mode(step, a))
+    unscaled = rounding.fma_scaled(a, b, c, factor, rounding_mode(step, a))
     return np.where(lanes_of(step.state.vcc), unscaled, result)
 
 
