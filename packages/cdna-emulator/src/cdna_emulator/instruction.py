@@ -56,14 +56,20 @@ _ENCODINGS = ("_e32", "_e64", "_dpp", "_sdwa", "_e64_dpp")
 _RANGE = re.compile(r"(v|a|s|ttmp)(?:(\d+)|\[(\d+)(?::(\d+))?\])")
 _NUMBER = re.compile(r"-?(?:0x[0-9a-f]+|\d+)")
 _FLOAT = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
-_WORD_MODIFIERS = frozenset("offen idxen lds sc0 sc1 nt glc slc scc clamp gds tfe off_hi".split())
-_NUMBER_MODIFIERS = frozenset(
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_WORD_MODIFIERS = _words("offen idxen lds sc0 sc1 nt glc slc scc clamp gds tfe off_hi")
+_NUMBER_MODIFIERS = _words(
     "offset offset0 offset1 mul div cbsz abid blgp row_shl row_shr row_ror row_newbcast row_bcast"
-    " wave_shl wave_shr wave_rol wave_ror bound_ctrl row_mask bank_mask fi bitop3 row_share row_xmask"
-    " dpp8 format".split()
+    " wave_shl wave_shr wave_rol wave_ror bound_ctrl row_mask bank_mask fi bitop3 row_share"
+    " row_xmask dpp8 format"
 )
-_LIST_MODIFIERS = frozenset("op_sel op_sel_hi neg_lo neg_hi quad_perm neg".split())
-_DPP_WORDS = frozenset("row_mirror row_half_mirror".split())
+_LIST_MODIFIERS = _words("op_sel op_sel_hi neg_lo neg_hi quad_perm neg")
+_DPP_WORDS = _words("row_mirror row_half_mirror")
 _SELECTS = {
     word: value
     for value, word in enumerate(

@@ -149,7 +149,7 @@ class DeviceMemory:
         if offset < 0 or offset + size > buffer.size:
             return None
         array = (ctypes.c_uint8 * size).from_address(buffer.host + offset)
-        return np.frombuffer(array, np.uint8)
+        return np.frombuffer(memoryview(array), np.uint8)
 
 
 def bytes_of(count: int) -> str:

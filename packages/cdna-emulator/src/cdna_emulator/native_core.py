@@ -174,11 +174,12 @@ class NativeProgram:
         """Run with counters of its own; ``config`` is copied and completed."""
         count = len(self.records)
         mine = RunConfig.from_buffer_copy(config)
-        arrays = [np.zeros(count, np.uint64) for _ in range(3)]
+        executed, moved, bank_cycles = (np.zeros(count, np.uint64) for _ in range(3))
         findings = (FindingRecord * FINDING_CAPACITY)()
         mine.instructions = ctypes.addressof(self.records)
         mine.instruction_count = count
-        mine.executed, mine.bytes, mine.bank_cycles = (array.ctypes.data for array in arrays)
+        mine.executed, mine.bytes = executed.ctypes.data, moved.ctypes.data
+        mine.bank_cycles = bank_cycles.ctypes.data
         mine.findings = ctypes.addressof(findings)
         mine.finding_capacity = FINDING_CAPACITY
         mine.arch = ARCH_NUMBERS[self.program.arch]
@@ -192,7 +193,9 @@ class NativeProgram:
         found = [
             FindingRecord.from_buffer_copy(findings[index]) for index in range(output.finding_count)
         ]
-        return Counters(*arrays, found, output.findings_lost, output.instructions)
+        return Counters(
+            executed, moved, bank_cycles, found, output.findings_lost, output.instructions
+        )
 
 
 def memory_slots(memory: DeviceMemory) -> ctypes.Array[MemorySlot]:

@@ -3,7 +3,7 @@
 A row gives the unit that executes a group of instructions, their operands in the order of LLVM's
 text, and their names. An operand is ``role:type``:
 
-``d``  written        ``s``  read        ``x``  read and written        ``?``  after the type: optional
+``d``  written     ``s``  read     ``x``  read and written     ``?``  after the type: optional
 
 Types say how constants and modifiers are read: ``f16 bf16 f32 f64`` floats, ``pk16`` two 16-bit
 values, ``pkf32`` two floats in a register pair, ``i16 u16 i32 u32 i64 u64`` integers, ``b8`` to
@@ -70,7 +70,8 @@ class OpSpec:
 
     ``atomic``      returns the old value into the first operand only with ``sc0``
     ``ignores_exec`` acts on every lane
-    ``reads_vcc``   / ``writes_exec`` / ``reads_scc`` / ``writes_scc`` / ``reads_m0``: implicit operands
+    ``reads_vcc``   / ``writes_exec`` / ``reads_scc`` / ``writes_scc`` / ``reads_m0``: operands
+                    that the text does not name
     ``branch``      may go to another instruction
     ``store``       a memory write
     ``load``        a memory read
