@@ -7,12 +7,16 @@ The expectation is computed in float64.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from dataclasses import dataclass
 
+import msgpack
 import numpy as np
 import pytest
+from elftools.elf.elffile import ELFFile
+from elftools.elf.segments import NoteSegment
 
 import cdna_emulator
 from mla_asm import read_catalogs, verified_code_object
@@ -249,3 +253,38 @@ def test_matches_float64(case, row, seed):
             finite = np.isfinite(lse)
             error = np.abs(found_lse[finite] - lse[finite])
             assert (error <= LSE_TOLERANCE * np.maximum(1, np.abs(lse[finite]))).all()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.arch}-{row.symbol}")
+@pytest.mark.parametrize(
+    "changed", [np.s_[1, :5], np.s_[:, 2:3], np.s_[2:, :5]], ids=["token", "head", "request"]
+)
+def test_bits_of_a_row_depend_on_it_alone(changed, row, seed):
+    """Rows of one wave share an instruction stream, so one with far higher scores is put in."""
+    case = Case("rows", (2, 1), (400, 330), heads=5, page_size=4)
+    problem = Problem(case, np.random.default_rng(seed))
+    before = run(row, problem, cdna_emulator.SCHEDULES[0], 1)
+    wide = problem.q[..., : LATENT + ROPE]
+    wide[changed] = bf16(f64(wide[changed]) * 40)
+    after = run(row, problem, cdna_emulator.SCHEDULES[0], 1)
+    kept = np.ones((3, case.heads), bool)
+    kept[changed] = False
+    for left, right in zip(before, after, strict=True):
+        np.testing.assert_array_equal(left[kept], right[kept])
+        assert (left[~kept] != right[~kept]).any()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.arch}-{row.symbol}")
+def test_code_is_padded_and_names_its_target(row):
+    elf = ELFFile(io.BytesIO(verified_code_object(row)))
+    text = elf.get_section_by_name(".text")
+    (kernel,) = elf.get_section_by_name(".dynsym").get_symbol_by_name(row.symbol)
+    end = kernel["st_value"] + kernel["st_size"] - text["sh_addr"]
+    behind = np.frombuffer(text.data()[end:], np.uint32)
+    assert len(behind) >= 256  # a KiB that instructions may be fetched from, all s_nop 0
+    assert (behind == 0xBF800000).all()
+    assert (text["sh_addr"] + text["sh_size"]) % 64 == 0
+    segments = (part for part in elf.iter_segments() if isinstance(part, NoteSegment))
+    (note,) = (note for part in segments for note in part.iter_notes())
+    metadata = msgpack.unpackb(note["n_descdata"])
+    assert metadata["amdhsa.target"] == f"amdgcn-amd-amdhsa--{row.arch}"
