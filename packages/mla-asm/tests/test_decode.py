@@ -191,6 +191,19 @@ def test_a_batch_larger_than_a_grid_is_refused():
         schedule_of(replace(plan.request, batch_size=65536))
 
 
+def test_a_request_longer_than_a_kernel_counts_is_refused():
+    case = DecodeCase("small", (1,))
+    request = plan_of(case, case.build()).request
+    longest = replace(request, max_seqlen_k=2**30, num_kv_splits=1)
+    assert schedule_of(longest).kernel == M16
+    for max_seqlen_k in (2**30 + 1, 2**31 - 1):
+        with pytest.raises(
+            UnsupportedProblemError,
+            match=rf"asm: max_seqlen_k must be at most 1073741824, got {max_seqlen_k}; plan parts",
+        ):
+            schedule_of(replace(longest, max_seqlen_k=max_seqlen_k))
+
+
 def test_emulation_is_announced_once(caplog, seed):
     emulator._announce.cache_clear()
     case = DecodeCase("said", (9,), dims=MLADims(4), seed=seed)

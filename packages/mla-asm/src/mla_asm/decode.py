@@ -18,6 +18,9 @@ from mla_core.reduce import reduce_partials, reduce_tiles
 
 #: Requests are the third dimension of the grid, which the HIP runtime limits.
 MAX_BATCH_SIZE = 65535
+#: Kernels count keys in 32 bits and run a few tiles ahead of the last one; the byte offset of a
+#: key's page id, with pages of one token four times the key, has 32 bits too.
+MAX_SEQLEN_K = 1 << 30
 #: Kernels move 16 bytes at a time.
 ALIGNMENT = 16
 _ITEM_BYTES = torch.bfloat16.itemsize
@@ -29,12 +32,18 @@ def plan_decode(request: PlanRequest) -> Schedule:
     Raises
     ------
     UnsupportedProblemError
-        No row of the catalog runs the request, or the batch is larger than a launch grid.
+        No row of the catalog runs the request, the batch is larger than a launch grid, or a request
+        is longer than a kernel can count.
     """
     if request.batch_size > MAX_BATCH_SIZE:
         raise UnsupportedProblemError(
             f"asm: batch_size must be in 0..{MAX_BATCH_SIZE}, got {request.batch_size}; "
             "plan the batch in parts"
+        )
+    if request.max_seqlen_k > MAX_SEQLEN_K:
+        raise UnsupportedProblemError(
+            f"asm: max_seqlen_k must be at most {MAX_SEQLEN_K}, got {request.max_seqlen_k}; plan "
+            "parts of the keys and merge them by their lse"
         )
     return make_schedule(request, choose_row(request))
 
