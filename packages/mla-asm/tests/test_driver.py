@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 
 import pytest
 import torch
@@ -29,6 +30,22 @@ def test_a_kernel_is_found_by_its_symbol(hip, notes):
     assert (first, second) == (1101, 1102)
     assert number(notes, "loads") == 2
     assert (ctypes.c_char * 64).in_dll(notes, "last_symbol").value == b"mla_two"
+
+
+def test_a_code_object_lives_as_long_as_its_module(hip):
+    gone = []
+
+    class Code(bytes):
+        def __del__(self) -> None:
+            gone.append(bytes(self[1:]))
+
+    with pytest.raises(DriverError, match="hipErrorNoBinaryForGpu"):
+        hip.load(Code(b"\xd1refused"), "mla_one")
+    gc.collect()
+    assert gone == [b"refused"]
+    hip.load(Code(b"\0loaded"), "mla_one")
+    gc.collect()
+    assert gone == [b"refused"]
 
 
 def test_a_launch_passes_grid_block_stream_and_the_argument_block(hip, notes):

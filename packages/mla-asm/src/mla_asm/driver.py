@@ -50,6 +50,7 @@ class HipRuntime:
     def __init__(self, path: str) -> None:
         """Load the library and declare the calls used."""
         self.path = path
+        self._loaded: list[bytes] = []
         try:
             self._library = ctypes.CDLL(path)
         except OSError as exc:
@@ -66,9 +67,13 @@ class HipRuntime:
             function.restype, function.argtypes = result, arguments
 
     def load(self, code: bytes, symbol: str) -> int:
-        """Load a code object on the current device and return the handle of one kernel."""
+        """Load a code object on the current device and return the handle of one kernel.
+
+        Modules are never unloaded, so ``code`` lives as long as this object.
+        """
         module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("hipModuleLoadData", ctypes.byref(module), code, what=symbol)
+        self._loaded.append(code)  # the runtime may read it later, without a copy of its own
         self._call(
             "hipModuleGetFunction", ctypes.byref(kernel), module, symbol.encode(), what=symbol
         )
