@@ -17,6 +17,7 @@ from mla_core.metadata import (
     WorkList,
     WorkListSizes,
     decode_sizes,
+    device,
     plan_v1_2,
     plan_v1_2_device,
     scratch_size,
@@ -233,3 +234,14 @@ def test_without_triton(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendUnavailableError, match="triton must be installed"):
         plan_v1_2_device(**_good())
+
+
+def test_wrong_code_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.8.1")
+    with pytest.raises(BackendUnavailableError, match=r"triton must be 3\.9 or later on AMD GPUs"):
+        device._refuse_miscompiled(torch.device("cuda"))
+    device._refuse_miscompiled(torch.device("cpu"))
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
+    device._refuse_miscompiled(torch.device("cuda"))

@@ -7,6 +7,7 @@ the same buffers, bit for bit.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import torch
@@ -21,6 +22,11 @@ from mla_core.metadata.worklist import WorkList, check_buffer
 
 _OP = "plan_v1_2_device"
 _BLOCK = 128
+
+
+#: First Triton whose AMD code of the planner is right. LLVM in 3.7 lets lane 0 walk the loop of
+#: `deal_kernel` apart from the other lanes, whose sums then lack it; the emulator shows both.
+FIRST_AMD_TRITON = (3, 9)
 
 
 def plan_v1_2_device(
@@ -68,7 +74,7 @@ def plan_v1_2_device(
     UnsupportedProblemError
         As `plan_v1_2`.
     BackendUnavailableError
-        Triton is not installed.
+        Triton is not installed, or on an AMD GPU older than `FIRST_AMD_TRITON`.
     """
     check_one_kv_head(_OP, num_heads_k)
     check_units(_OP, page_size=page_size, kv_granularity=kv_granularity)
@@ -104,6 +110,7 @@ def plan_v1_2_device(
         raise BackendUnavailableError(
             f'{_OP}: triton must be installed, got none; pip install "mla-core[triton]"'
         )
+    _refuse_miscompiled(buffers.work_indptr.device)
     from mla_core.kernels.plan import deal_kernel, fill_kernel, request_prefix_kernel
 
     tiling = head_tiling(
@@ -198,3 +205,16 @@ def _check_devices(device: torch.device, *tensors: torch.Tensor) -> None:
                 f"{_OP}: index tensors and scratch must be on {device} like the buffers, got one "
                 f"on {tensor.device}"
             )
+
+
+def _refuse_miscompiled(device: torch.device) -> None:
+    """Refuse AMD GPUs with a Triton that compiles the planner to wrong code."""
+    if device.type == "cpu" or torch.version.hip is None:
+        return
+    # ROCm builds of torch bring Triton as a distribution of another name.
+    found = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in found.split(".")[:2]) < FIRST_AMD_TRITON:
+        raise BackendUnavailableError(
+            f"{_OP}: triton must be {'.'.join(map(str, FIRST_AMD_TRITON))} or later on AMD GPUs, "
+            f"got {found}, which compiles the planner wrongly; plan on the host with plan_v1_2"
+        )
