@@ -281,3 +281,25 @@ def test_small_blocks_and_inherited_shapes(arch):
 def test_other_instructions_have_no_shape():
     with pytest.raises(ValueError, match="v_add_u32: must name a matrix shape"):
         matrix_cycles(instruction_of("v_add_u32"), "gfx942")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_bank_conflicts(arch):
+    banks = {"gfx942": 32, "gfx950": 64}[arch]
+    head = "v_and_b32 v0, 63, v0\nv_lshlrev_b32 v1, {shift}, v0\nv_mov_b32 v2, 0\nv_mov_b32 v3, 0"
+    cases = {
+        # Lanes side by side, one bank for all, and two lanes for every bank.
+        "free": (2, "ds_write_b32 v1, v2", 0),
+        "one_bank": (banks.bit_length() + 1, "ds_write_b32 v1, v2", 64 - 2),
+        "two_each": (3, "ds_write_b32 v1, v2", 2 if arch == "gfx942" else 0),
+        "wide": (4, "ds_write_b128 v1, v[2:5]", 0),
+        "pairs": (3, "ds_write2_b32 v1, v2, v3 offset1:1", 4 if arch == "gfx942" else 0),
+    }
+    kernels = {
+        name: f"{head.format(shift=shift)}\nv_mov_b32 v4, 0\nv_mov_b32 v5, 0\n{line}".split("\n")
+        for name, (shift, line, _) in cases.items()
+    }
+    code = assemble_kernels(kernels, arch, group_segment_size=1 << 15)
+    for name, (_, _, expected) in cases.items():
+        profile = run(code, name, 1, 64, [], checks="none").profile
+        assert profile.bank_conflict_cycles == expected, name

@@ -32,6 +32,9 @@ _BLOCK_CYCLES = {32: 64, 16: 32, 4: 8}
 _F64_BLOCK_CYCLES = 16
 #: Numbers of the formats fp6, bf6 and fp4 in cbsz and blgp.
 _NARROW_FORMATS = (2, 3, 4)
+_LANES, _LDS_PHASE_LANES = 64, 32
+_LDS_BANKS = {"gfx942": 32, "gfx950": 64}
+_LDS_BITS = re.compile(r"_[biuf](\d+)")
 _SHAPE = re.compile(r"_(\d+)x(\d+)x(\d+)(?:_(\d+)b)?_")
 
 
@@ -97,12 +100,33 @@ class Profile:
                 cycles[unit.value] += cost * int(self.executed[index])
         return dict(cycles)
 
+    @cached_property
+    def bank_conflict_cycles(self) -> int:
+        """LDS cycles beyond those of whole waves without conflicts; an estimate."""
+        extra = 0
+        for index, instruction in enumerate(self.program.instructions):
+            if instruction.op.unit is Unit.LDS and self.bank_cycles[index]:
+                free = _conflict_free_cycles(instruction.mnemonic, self.program.arch)
+                extra += max(0, int(self.bank_cycles[index]) - free * int(self.executed[index]))
+        return extra
+
     def _count(self, key) -> Counter[str]:  # type: ignore[no-untyped-def]
         counts: Counter[str] = Counter()
         for instruction, count in zip(self.program.instructions, self.executed, strict=True):
             if count:
                 counts[key(instruction)] += int(count)
         return counts
+
+
+def _conflict_free_cycles(mnemonic: str, arch: str) -> int:
+    """Return the cycles of a full wave that hits every bank once at a time; see native/lds.cpp."""
+    match = _LDS_BITS.search(mnemonic)
+    if match is None:
+        return 0
+    dwords = -(-int(match[1]) // 32)
+    lanes = min(_LDS_PHASE_LANES, _LDS_BANKS[arch] // (1 << (dwords - 1).bit_length()))
+    accesses = 2 if mnemonic.split("_")[1].startswith(("read2", "write2", "wrxchg2")) else 1
+    return accesses * _LANES // lanes
 
 
 def _space(instruction: Instruction) -> str:

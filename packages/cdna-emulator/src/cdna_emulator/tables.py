@@ -60,7 +60,10 @@ def mix(profile: Profile, most: int) -> Table:
 
 def units(profile: Profile) -> Table:
     """Return executed instructions and estimated issue cycles per unit."""
-    table = Table(title="units (cycles are an estimate from issue slots, without latency)")
+    table = Table(
+        title="units (cycles are an estimate from issue slots, without latency)",
+        caption=f"LDS cycles lost to bank conflicts: {profile.bank_conflict_cycles:,}",
+    )
     table.add_column("unit", overflow="fold")
     for name in ("executed", "share", "issue cycles"):
         table.add_column(name, justify="right", overflow="fold")
