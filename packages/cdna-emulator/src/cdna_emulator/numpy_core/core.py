@@ -12,7 +12,6 @@ import numpy as np
 from cdna_emulator.errors import EmulatorError, UnknownInstructionError
 from cdna_emulator.instruction import Instruction
 from cdna_emulator.native_core import Counters, FindingRecord
-from cdna_emulator.numpy_core.memory import check_supported
 from cdna_emulator.numpy_core.registry import HANDLERS
 from cdna_emulator.numpy_core.state import LANES, Fault, Memory, Mode, WaveState
 from cdna_emulator.program import Program
@@ -51,7 +50,6 @@ def step(state: WaveState, inst: Instruction) -> None:
     function = HANDLERS.get(inst.mnemonic)
     if function is None:
         raise UnknownInstructionError(f"numpy core: no handler for `{inst.text}`")
-    check_supported(inst)
     state.pc = _NOWHERE
     # Infinities and NaNs are results here.
     with np.errstate(all="ignore"):

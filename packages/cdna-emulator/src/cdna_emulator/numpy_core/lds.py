@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from cdna_emulator.errors import UnknownInstructionError
 from cdna_emulator.instruction import Instruction
 from cdna_emulator.isa import OPS
 from cdna_emulator.numpy_core.atomics import compare_floats, update
@@ -207,10 +206,6 @@ def _push(state: WaveState, inst: Instruction) -> None:
 @handler("ds_swizzle_b32")
 def _swizzle(state: WaveState, inst: Instruction) -> None:
     pattern = number(inst, "offset")
-    if pattern >= 0xC000:
-        raise UnknownInstructionError(
-            f"numpy core: `{inst.text}`: rotating and FFT swizzles are not modelled"
-        )
     if pattern & 0x8000:
         choice = np.array([pattern >> 2 * k & 3 for k in range(4)])
         lanes = (LANE & ~3) + choice[LANE & 3]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from cdna_emulator.arguments import PRIVATE_APERTURE, SHARED_APERTURE
-from cdna_emulator.errors import UnknownInstructionError
 from cdna_emulator.instruction import Instruction, Operand
 from cdna_emulator.numpy_core.atomics import update
 from cdna_emulator.numpy_core.operands import number, scalar, vector_words
@@ -421,12 +420,3 @@ def _scalar_words(state: WaveState, inst: Instruction, address: int, room: int |
         view = device(state, -1, address + 4 * k, 4) if inside else None
         word = 0 if view is None else int.from_bytes(view.tobytes(), "little")
         state.sgpr[inst.operands[0].index + k] = word
-
-
-def check_supported(inst: Instruction) -> None:
-    """Refuse what this core does not model."""
-    for word in ("gds", "tfe"):
-        if word in inst.modifiers:
-            raise UnknownInstructionError(
-                f"numpy core: `{inst.text}`: modifier {word} is not modelled"
-            )
