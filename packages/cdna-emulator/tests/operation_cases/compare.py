@@ -98,7 +98,7 @@ def differences(native: native_core.WaveState, numpy_: WaveState, inst: Instruct
     if allowed.neighbours:
         different &= ~_neighbours(native.vgpr, numpy_.vgpr, target, allowed.neighbours)
     if allowed.width:
-        different &= ~_close(native.vgpr, numpy_.vgpr, target, allowed)
+        different &= ~_close(native.vgpr, numpy_.vgpr, allowed)
     for register, lane in np.argwhere(different)[:4]:
         found.append(
             f"v{register}[{lane}] native {native.vgpr[register, lane]:#x} "
@@ -133,7 +133,7 @@ def _neighbours(a: Array, b: Array, target: Operand | None, width: int) -> Array
     return result
 
 
-def _close(a: Array, b: Array, target: Operand | None, allowed: Tolerance) -> Array:
+def _close(a: Array, b: Array, allowed: Tolerance) -> Array:
     """Return which registers are close enough, half by half or pair by pair as floats go."""
     if allowed.width == 16:
         if allowed.is_bf16:
@@ -150,12 +150,9 @@ def _close(a: Array, b: Array, target: Operand | None, allowed: Tolerance) -> Ar
         return both.reshape(*a.shape, 2).all(axis=2)
     if allowed.width == 32:
         return _floats_close(a.view(np.float32), b.view(np.float32), allowed)
-    result = np.zeros(a.shape, bool)
-    if target is not None and target.kind == "vgpr":
-        for index in range(target.index, target.index + max(2, target.width), 2):
-            first, second = (_pair(x, index) for x in (a, b))
-            result[index : index + 2] = _floats_close(first, second, allowed)
-    return result
+    # Pairs begin at even numbers.
+    pairs = [_floats_close(_pair(a, k), _pair(b, k), allowed) for k in range(0, len(a), 2)]
+    return np.repeat(np.stack(pairs), 2, axis=0)
 
 
 def _pair(registers: Array, index: int) -> Array:

@@ -231,7 +231,11 @@ def _div_fmas(step: Step, a: Array, b: Array, c: Array) -> Array:
     power, middle = (64, 127) if a.dtype.type is np.float32 else (128, 1023)
     result = _fma(step, a, b, c)
     factor = np.where(exponent_field(c) > middle, power, -power)
-    unscaled = rounding.fma_scaled(a, b, c, factor, rounding_mode(step, a))
+    mode = rounding_mode(step, a)
+    unscaled = rounding.fma_scaled(a, b, c, factor, mode)
+    # What overflows does so before the factor; division does not come there.
+    over = np.abs(result) >= np.finfo(result.dtype).max
+    unscaled = np.where(over, scaled(result, factor, mode), unscaled)
     return np.where(lanes_of(step.state.vcc), unscaled, result)
 
 
