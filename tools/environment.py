@@ -116,7 +116,7 @@ def _gpu_torch_of_starter() -> str:
 
 
 def fetch_second_triton(log=print) -> Path:  # type: ignore[no-untyped-def]
-    """Lay the second Triton out in ``.nox/triton-VERSION`` unless it is there; return the folder."""
+    """Lay the second Triton out in ``.nox/triton-VERSION`` unless it is there."""
     folder = ROOT / ".nox" / f"triton-{SECOND_TRITON}"
     if folder.is_dir():
         return folder

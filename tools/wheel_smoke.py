@@ -123,7 +123,7 @@ def check_command_line() -> None:
 
 
 def check_emulator() -> None:
-    """The native core is in the wheel, and executes what the disassembler reads."""
+    """Load the native core from the wheel, and read an instruction."""
     import cdna_emulator
     from cdna_emulator.native_core import has_handler
 

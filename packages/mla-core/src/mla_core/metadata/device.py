@@ -74,7 +74,7 @@ def plan_v1_2_device(
     UnsupportedProblemError
         As `plan_v1_2`.
     BackendUnavailableError
-        Triton is not installed, or on an AMD GPU older than `FIRST_AMD_TRITON`.
+        Triton is not installed, or is older than 3.9 on an AMD GPU.
     """
     check_one_kv_head(_OP, num_heads_k)
     check_units(_OP, page_size=page_size, kv_granularity=kv_granularity)
