@@ -226,8 +226,6 @@ const NamedHandler kHandlers[] = {
     {"buffer_atomic_max_f64", atomic_op<uint64_t, atomic::MaxF64>},
     {"buffer_wbl2", cache_control},
     {"buffer_inv", cache_control},
-    {"buffer_wbinvl1", cache_control},
-    {"buffer_wbinvl1_vol", cache_control},
 };
 
 }  // namespace

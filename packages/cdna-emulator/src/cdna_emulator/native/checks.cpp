@@ -48,7 +48,7 @@ Reads reads_of(const char* name) {
   if (starts_with(name, "v_writelane")) return Reads::kToLane;
   if (starts_with(name, "v_mad_u64") || starts_with(name, "v_mad_i64")) return Reads::kWideAddend;
   if (starts_with(name, "v_pk_") && std::strstr(name, "32")) return Reads::kPair;
-  for (const char* part : {"v_cvt_", "v_fma_mix", "v_mad_mix"}) {
+  for (const char* part : {"v_cvt_", "v_fma_mix"}) {
     if (starts_with(name, part)) return Reads::kKeepsOld;
   }
   return Reads::kAll;

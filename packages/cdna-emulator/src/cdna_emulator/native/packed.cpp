@@ -317,7 +317,6 @@ constexpr auto kAdd = [](auto a, auto b) { return a + b; };
 constexpr auto kSub = [](u32 a, u32 b) { return a - b; };
 constexpr auto kMul = [](auto a, auto b) { return a * b; };
 constexpr auto kMulAdd = [](u32 a, u32 b, u32 c) { return a * b + c; };
-constexpr auto kMad = [](float a, float b, float c) { return a * b + c; };
 constexpr auto kFma = [](float a, float b, float c) { return std::fma(a, b, c); };
 constexpr auto kAddSigned = [](u32 a, u32 b) { return clamp_signed16(signed16(a) + signed16(b)); };
 constexpr auto kSubSigned = [](u32 a, u32 b) { return clamp_signed16(signed16(a) - signed16(b)); };
@@ -386,9 +385,6 @@ constexpr NamedHandler kRows[] = {
     {"v_fma_mix_f32", mix<kFma, MixResult::kSingle>},
     {"v_fma_mixlo_f16", mix<kFma, MixResult::kLowHalf>},
     {"v_fma_mixhi_f16", mix<kFma, MixResult::kHighHalf>},
-    {"v_mad_mix_f32", mix<kMad, MixResult::kSingle>},
-    {"v_mad_mixlo_f16", mix<kMad, MixResult::kLowHalf>},
-    {"v_mad_mixhi_f16", mix<kMad, MixResult::kHighHalf>},
 };
 
 }  // namespace

@@ -397,7 +397,6 @@ constexpr auto kSub = [](auto a, auto b) { return a - b; };
 constexpr auto kSubrev = [](auto a, auto b) { return b - a; };
 constexpr auto kMul = [](auto a, auto b) { return a * b; };
 constexpr auto kMulLegacy = [](float a, float b) { return a == 0 || b == 0 ? 0.0f : a * b; };
-constexpr auto kMad = [](float a, float b, float c) { return a * b + c; };
 constexpr auto kFma = [](auto a, auto b, auto c) { return std::fma(a, b, c); };
 constexpr auto kTrunc = [](auto a) { return std::trunc(a); };
 constexpr auto kCeil = [](auto a) { return std::ceil(a); };
@@ -430,13 +429,9 @@ constexpr NamedHandler kRows[] = {
     {"v_mul_f32", float32<2, kMul>},
     {"v_mul_legacy_f32", float32<2, kMulLegacy>},
     {"v_fma_f32", float32<3, kFma>},
-    {"v_mad_f32", float32<3, kMad>},
     {"v_fmac_f32", float32<3, kFma, kAccumulate>},
-    {"v_mac_f32", float32<3, kMad, kAccumulate>},
     {"v_fmamk_f32", float32<3, kFma, kLiteral>},
     {"v_fmaak_f32", float32<3, kFma, kLiteral>},
-    {"v_madmk_f32", float32<3, kMad, kLiteral>},
-    {"v_madak_f32", float32<3, kMad, kLiteral>},
     {"v_trunc_f32", float32<1, kTrunc>},
     {"v_ceil_f32", float32<1, kCeil>},
     {"v_floor_f32", float32<1, kFloor>},
@@ -463,10 +458,7 @@ constexpr NamedHandler kRows[] = {
     {"v_mul_f16", float16<2, kMul>},
     {"v_fma_f16", fma16<kFollow, kKeep>},
     {"v_mad_f16", mad16<kFollow, kKeep>},
-    {"v_fmac_f16", fma16<kAccumulate, kKeep>},
     {"v_mac_f16", mad16<kAccumulate, kZero>},
-    {"v_fmamk_f16", fma16<kLiteral, kKeep>},
-    {"v_fmaak_f16", fma16<kLiteral, kKeep>},
     {"v_madmk_f16", mad16<kLiteral, kZero>},
     {"v_madak_f16", mad16<kLiteral, kZero>},
     {"v_trunc_f16", float16<1, kTrunc>},
