@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -110,7 +111,7 @@ class Profile:
                 extra += max(0, int(self.bank_cycles[index]) - free * int(self.executed[index]))
         return extra
 
-    def _count(self, key) -> Counter[str]:  # type: ignore[no-untyped-def]
+    def _count(self, key: Callable[[Instruction], str]) -> Counter[str]:
         counts: Counter[str] = Counter()
         for instruction, count in zip(self.program.instructions, self.executed, strict=True):
             if count:

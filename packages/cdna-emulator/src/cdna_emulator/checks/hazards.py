@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from cdna_emulator.checks import registers as regs
 from cdna_emulator.checks.findings import Finding
 from cdna_emulator.checks.matrix_hazards import matrix_waits
-from cdna_emulator.instruction import Instruction
+from cdna_emulator.instruction import Instruction, Operand
 from cdna_emulator.isa import Unit
 from cdna_emulator.program import Program
 
@@ -188,7 +188,7 @@ def _after_salu(
             yield Wait(2, "accesses a hardware register just set")
 
 
-def _first_source(instruction: Instruction):  # type: ignore[no-untyped-def]
+def _first_source(instruction: Instruction) -> Operand:
     written = sum(operand.slot.is_written for operand in instruction.operands)
     return instruction.operands[min(written, len(instruction.operands) - 1)]
 
