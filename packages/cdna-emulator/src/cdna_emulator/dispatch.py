@@ -115,36 +115,31 @@ def _user_sgprs(
     grid: tuple[int, int, int],
     block: tuple[int, int, int],
 ) -> tuple[tuple[int, ...], int]:
-    """Return s0 and up at the start, and the address where execution starts."""
+    """Return s0 and up at the start, and the address where execution starts.
+
+    Values without a place in memory here (queue, dispatch id, scratch descriptor) are zero.
+    """
     descriptor = kernel.descriptor
-    words: list[int] = []
+    placed = descriptor.initial_sgprs()
+    words = np.zeros(descriptor.user_sgpr_count, np.uint32)
 
-    def push(value: int, count: int) -> None:
-        words.extend(value >> (32 * index) & 0xFFFFFFFF for index in range(count))
+    def put(name: str, data: bytes) -> None:
+        first, count = placed[name]
+        values = np.frombuffer(data.ljust(4 * count, b"\0"), np.uint32)
+        words[first : first + count] = values[: len(words) - first]
 
-    if descriptor.enable_private_segment_buffer:
-        push(0, 4)
-    if descriptor.enable_dispatch_ptr:
-        push(memory.map_bytes("the dispatch packet", _packet(kernel, grid, block)), 2)
-    if descriptor.enable_queue_ptr:
-        push(0, 2)
-    if descriptor.enable_kernarg_segment_ptr:
-        push(kernarg_address, 2)
-    if descriptor.enable_dispatch_id:
-        push(0, 2)
-    if descriptor.enable_flat_scratch_init:
-        push(0, 2)
-    if descriptor.enable_private_segment_size:
-        push(kernel.private_segment_size, 1)
-    entry = kernel.entry_address
-    if descriptor.kernarg_preload_length:
-        assert kernel.preload_entry_address is not None
+    if "dispatch_ptr" in placed:
+        packet = memory.map_bytes("the dispatch packet", _packet(kernel, grid, block))
+        put("dispatch_ptr", packet.to_bytes(8, "little"))
+    if "kernarg_segment_ptr" in placed:
+        put("kernarg_segment_ptr", kernarg_address.to_bytes(8, "little"))
+    if "private_segment_size" in placed:
+        put("private_segment_size", kernel.private_segment_size.to_bytes(4, "little"))
+    if "kernarg_preload" in placed:
         begin = 4 * descriptor.kernarg_preload_offset
-        size = 4 * descriptor.kernarg_preload_length
-        preloaded = kernarg[begin : begin + size].ljust(size, b"\0")
-        words.extend(np.frombuffer(preloaded, np.uint32).tolist())
-        entry = kernel.preload_entry_address
-    return tuple(words[: descriptor.user_sgpr_count]), entry
+        put("kernarg_preload", kernarg[begin : begin + 4 * descriptor.kernarg_preload_length])
+    entry = kernel.preload_entry_address or kernel.entry_address
+    return tuple(words.tolist()), entry
 
 
 def _packet(kernel: Kernel, grid: tuple[int, int, int], block: tuple[int, int, int]) -> bytes:
