@@ -116,15 +116,16 @@ def _gpu_torch_of_starter() -> str:
 
 
 def fetch_second_triton(log=print) -> Path:  # type: ignore[no-untyped-def]
-    """Lay the second Triton out in ``.nox/triton-VERSION`` unless it is there."""
-    folder = ROOT / ".nox" / f"triton-{SECOND_TRITON}"
-    if folder.is_dir():
+    """Lay the second Triton out in ``.nox/second-triton`` unless it is there."""
+    folder = ROOT / ".nox" / "second-triton"
+    if (folder / f"triton-{SECOND_TRITON}.dist-info").is_dir():
         return folder
     log(f"fetching triton {SECOND_TRITON} into {folder.relative_to(ROOT)}")
     # Under another name first: an interrupted installation must not look finished.
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     install(DEV, "--no-deps", "--target", str(unfinished), f"triton=={SECOND_TRITON}")
+    shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     return folder
 

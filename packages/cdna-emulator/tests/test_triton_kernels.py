@@ -27,7 +27,7 @@ for _name in ("matmul", "gluon", "reduction", "memory", "elementwise"):
 sys.path.remove(str(HERE))
 
 #: Folder of the second Triton, which `./dev env` lays out.
-SECOND = Path(os.environ.get("CDNA_EMULATOR_TRITON", HERE.parents[2] / ".nox" / "triton-3.9.0"))
+SECOND = Path(os.environ.get("CDNA_EMULATOR_TRITON", HERE.parents[2] / ".nox" / "second-triton"))
 
 
 def _release(text: str) -> tuple[int, int]:

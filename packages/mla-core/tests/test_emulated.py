@@ -23,7 +23,7 @@ PLANNER = tuple(
     for name in ("request_prefix_kernel", "deal_kernel", "fill_kernel")
 )
 #: `plan_v1_2_device` refuses AMD GPUs with an older one; `./dev env` lays this one out.
-SECOND_TRITON = Path(__file__).parents[3] / ".nox" / "triton-3.9.0"
+SECOND_TRITON = Path(__file__).parents[3] / ".nox" / "second-triton"
 archs = pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 
 
