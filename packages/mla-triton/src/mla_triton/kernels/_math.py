@@ -56,21 +56,45 @@ def query_rows(
     q_len,
     kv_len,
     num_heads,
+    window,  # unused without HAS_WINDOW
     BLOCK_M: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
 ):
-    """Return for each row its query token, head, existence and number of visible keys.
+    """Return for each row its query token, head, existence and the tokens [low, high) it sees.
 
-    Causality is bottom-right aligned: the last query token sees every key.
+    Causality is bottom-right aligned: the last query token sees every key. ``high`` may be
+    negative, and ``low`` below 0. A row that does not exist sees nothing and widens no range.
     """
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     q_idx = row // num_heads
     head = (row % num_heads).to(tl.int64)  # its stride may be that of many tokens
     is_row = q_idx < q_len
-    limit = tl.zeros([BLOCK_M], tl.int32) + kv_len
+    high = tl.zeros([BLOCK_M], tl.int32) + kv_len
     if IS_CAUSAL:
-        limit = kv_len - (q_len - 1 - q_idx)
-    return q_idx, head, is_row, tl.where(is_row, limit, 0)
+        high = kv_len - (q_len - 1 - q_idx)
+    low = tl.zeros([BLOCK_M], tl.int32)
+    if HAS_WINDOW:
+        low = tl.where(is_row, high - window, kv_len)
+    return q_idx, head, is_row, low, tl.where(is_row, high, 0)
+
+
+@triton.jit
+def seen_range(
+    begin,
+    end,
+    low,  # [M] i32
+    high,  # [M] i32
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Narrow [begin, end) to what any row sees, in whole blocks; also return the lowest token."""
+    end = tl.minimum(end, tl.max(high, 0))
+    lowest = 0
+    if HAS_WINDOW:
+        lowest = tl.maximum(tl.min(low, 0), 0)
+        begin = tl.maximum(begin, lowest // BLOCK_N * BLOCK_N)
+    return begin, end, lowest
 
 
 @triton.jit

@@ -11,14 +11,8 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from mla_triton.kernels._math import (
-    finite_or_zero,
-    query_rows,
-    request_bounds,
-    scale_scores,
-    split_range,
-    token_rows,
-)
+from mla_triton.kernels._attend import attend, load_queries, normalise, store_rows
+from mla_triton.kernels._math import query_rows, request_bounds, seen_range, split_range
 
 
 @triton.jit(
@@ -84,92 +78,69 @@ def decode_kernel(
     )
     if tl.program_id(0) * BLOCK_M >= q_len * num_heads:
         return
-    q_idx, head, is_row, limit = query_rows(
-        tl.program_id(0), q_len, kv_len, num_heads, BLOCK_M, IS_CAUSAL
+    q_idx, head, is_row, low, high = query_rows(
+        tl.program_id(0), q_len, kv_len, num_heads, window, BLOCK_M, IS_CAUSAL, HAS_WINDOW
     )
     begin, end = split_range(kv_len, split, tl.num_programs(1), split_blocks, BLOCK_N)
-    end = tl.minimum(end, tl.max(limit, 0))
-    if HAS_WINDOW:
-        lowest = tl.maximum(tl.min(tl.where(is_row, limit, kv_len), 0) - window, 0)
-        begin = tl.maximum(begin, lowest // BLOCK_N * BLOCK_N)
+    begin, end, lowest = seen_range(begin, end, low, high, BLOCK_N, HAS_WINDOW)
 
-    # load Q: rows past the request's last become zeros
-    d = tl.arange(0, BLOCK_D)
-    r = tl.arange(0, BLOCK_R)
+    # load Q
     q_token = (q_begin + q_idx).to(tl.int64)
-    ql_nope = tl.load(
-        ql_nope_ptr + (q_token * ql_nope_stride_t + head * ql_nope_stride_h)[:, None] + d[None, :],
-        mask=is_row[:, None] & (d < D)[None, :],
-        other=0.0,
-    )  # [M, D]
-    if R > 0:
-        q_pe = tl.load(
-            q_pe_ptr + (q_token * q_pe_stride_t + head * q_pe_stride_h)[:, None] + r[None, :],
-            mask=is_row[:, None] & (r < R)[None, :],
-            other=0.0,
-        )  # [M, R]
+    ql_nope, q_pe = load_queries(
+        ql_nope_ptr,
+        q_pe_ptr,
+        q_token,
+        head,
+        is_row,
+        ql_nope_stride_t,
+        ql_nope_stride_h,
+        q_pe_stride_t,
+        q_pe_stride_h,
+        D,
+        R,
+        BLOCK_D,
+        BLOCK_R,
+    )
 
-    # loop over KV; dead tokens are loaded as zeros *and* masked, since memory may hold NaN
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    denom = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        token, page, offset, is_live = token_rows(
-            start, end, page_begin, kv_page_indices_ptr, num_cache_pages, PAGE_SIZE, BLOCK_N
-        )
-        if HAS_WINDOW:
-            is_live = is_live & (token >= lowest)
-        kv_c = tl.load(
-            kv_c_ptr + (page * kv_c_stride_p + offset * kv_c_stride_t)[:, None] + d[None, :],
-            mask=is_live[:, None] & (d < D)[None, :],
-            other=0.0,
-        )  # [N, D]
-        s = tl.dot(ql_nope, tl.trans(kv_c), input_precision="ieee")  # [M, N]
-        if R > 0:
-            k_pe = tl.load(
-                k_pe_ptr + (page * k_pe_stride_p + offset * k_pe_stride_t)[:, None] + r[None, :],
-                mask=is_live[:, None] & (r < R)[None, :],
-                other=0.0,
-            )  # [N, R]
-            s = tl.dot(q_pe, tl.trans(k_pe), s, input_precision="ieee")
-        s = scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP)
-        is_seen = is_live[None, :] & (token[None, :] < limit[:, None])
-        if HAS_WINDOW:
-            is_seen = is_seen & (token[None, :] >= limit[:, None] - window)
-        s = tl.where(is_seen, s, float("-inf"))
-
-        m_new = tl.maximum(m, tl.max(s, 1))
-        m_safe = finite_or_zero(m_new)
-        p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m - m_safe)
-        denom = denom * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(kv_c.dtype), kv_c, acc * alpha[:, None], input_precision="ieee")
-        m = m_new
+    # loop over KV
+    acc, m, denom = attend(
+        ql_nope,
+        q_pe,
+        low,
+        high,
+        begin,
+        end,
+        lowest,
+        page_begin,
+        kv_c_ptr,
+        k_pe_ptr,
+        kv_page_indices_ptr,
+        num_cache_pages,
+        kv_c_stride_p,
+        kv_c_stride_t,
+        k_pe_stride_p,
+        k_pe_stride_t,
+        sm_scale_log2,
+        softcap,
+        D,
+        R,
+        BLOCK_D,
+        BLOCK_R,
+        BLOCK_M,
+        BLOCK_N,
+        PAGE_SIZE,
+        HAS_SOFTCAP,
+        HAS_WINDOW,
+    )
 
     # normalise
-    if HAS_SINK:
-        sink = tl.load(sink_ptr + head, mask=is_row, other=float("-inf")) * 1.4426950408889634
-        m_new = tl.maximum(m, sink)
-        m_safe = finite_or_zero(m_new)
-        alpha = tl.exp2(m - m_safe)
-        denom = denom * alpha + tl.exp2(sink - m_safe)
-        acc *= alpha[:, None]
-        m = m_new
-    is_nothing = denom == 0.0
-    denom = tl.where(is_nothing, 1.0, denom)
-    acc = acc / denom[:, None]
+    values, lse = normalise(acc, m, denom, head, is_row, sink_ptr, HAS_SINK)
 
     # store; an empty partial is marked by its lse and its values are never read
     if (tl.num_programs(1) == 1) | (begin < end):
-        tl.store(
-            out_ptr
-            + (q_token * out_stride_t + split * out_stride_s + head * out_stride_h)[:, None]
-            + d[None, :],
-            acc.to(out_ptr.dtype.element_ty),
-            mask=is_row[:, None] & (d < D)[None, :],
-        )
+        row = q_token * out_stride_t + split * out_stride_s + head * out_stride_h
+        store_rows(values, out_ptr, row, is_row, D, BLOCK_D)
     if HAS_LSE:
-        lse = tl.where(is_nothing, float("-inf"), (m + tl.log2(denom)) * 0.6931471805599453)
         tl.store(
             lse_ptr + q_token * lse_stride_t + split * lse_stride_s + head * lse_stride_h,
             lse,
