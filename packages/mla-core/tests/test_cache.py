@@ -349,3 +349,21 @@ def test_captured_write_never_waits_for_the_device(name: str) -> None:
         every = torch.arange(cache.num_slots)
         for got, want in zip(cache.read(every.cuda()), reference.read(every), strict=True):
             torch.testing.assert_close(got.cpu(), want, rtol=2e-7, atol=0)
+
+
+def test_rotary_parts_can_be_written_alone():
+    dims = MLADims(1, 128, 64)
+    for layout in ("bf16", "fp8_ds656", "fp8_seg656", "fp8_ds32"):
+        cache = LatentCache.allocate(layout, dims, 2, 16)
+        slots = torch.arange(32)
+        cache.write(torch.randn(32, 128), torch.randn(32, 64), slots)
+        kv_c, k_pe = cache.read(slots)
+        new = torch.randn(3, 64)
+        cache.write_rope(new, torch.tensor([5, -1, 30]))
+        got_c, got_pe = cache.read(slots)
+        assert torch.equal(got_c, kv_c)
+        assert torch.equal(got_pe[[5, 30]], cache.round_rope(new)[[0, 2]])
+        rest = [slot for slot in range(32) if slot not in (5, 30)]
+        assert torch.equal(got_pe[rest], k_pe[rest])
+    with pytest.raises(LayoutError, match=r"write_rope: k_pe must be \(3, 64\) floating point"):
+        cache.write_rope(torch.randn(3, 63), torch.arange(3))

@@ -55,6 +55,21 @@ def test_rope_is_complex_multiplication(half, rest, tokens, heads, offset, is_ne
     assert torch.equal(got[..., rotary_dim:], x[..., rotary_dim:])
 
 
+@pytest.mark.parametrize("is_neox", [False, True])
+def test_a_rotation_may_start_anywhere_in_the_row(rng, is_neox):
+    x, positions = draw(rng, 4, 3, 11), torch.tensor([3, 0, 7, 3])
+    cos, sin = rope_tables(8, 6)
+    got = rope(x, positions, cos, sin, is_neox=is_neox, rotary_dim=6, dim_offset=3)
+    assert torch.equal(got[..., :3], x[..., :3])
+    assert torch.equal(got[..., 9:], x[..., 9:])
+    inner = rope(x[..., 3:9], positions, cos, sin, is_neox=is_neox)
+    assert torch.equal(got[..., 3:9], inner)
+    with pytest.raises(LayoutError, match=r"must be an even number in 0\.\.8, got 10"):
+        rope(x, positions, *rope_tables(8, 10), is_neox=is_neox, rotary_dim=10, dim_offset=3)
+    with pytest.raises(LayoutError, match=r"dim_offset must be in 0\.\.11, got 12"):
+        rope(x, positions, cos, sin, is_neox=is_neox, dim_offset=12)
+
+
 def test_quarter_turn_by_hand():
     cos, sin = torch.zeros(1, 2), torch.ones(1, 2)
     x, at = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([0])

@@ -20,6 +20,7 @@ from mla_core.plan import AttentionOptions, DecodePlan, plan_decode
 from mla_core.problem import Capability, Problem
 from mla_core.reduce import LseBase
 from mla_core.registry import records as backends
+from mla_core.rope import FusedRope
 from mla_core.select import explain, use_backend
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "BackendUnavailableError",
     "Capability",
     "DecodePlan",
+    "FusedRope",
     "LatentCache",
     "LayoutError",
     "LseBase",

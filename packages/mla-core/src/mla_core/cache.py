@@ -174,21 +174,31 @@ class LatentCache:
         """
         op = f"LatentCache({self.layout.name}).write"
         self._check_slots(op, slots)
-        for name, rows, width in (
-            ("kv_c", kv_c, self.dims.kv_lora_rank),
-            ("k_pe", k_pe, self.dims.qk_rope_head_dim),
-        ):
-            expected = (slots.numel(), width)
-            if tuple(rows.shape) != expected or not rows.is_floating_point():
-                raise LayoutError(
-                    f"{op}: {name} must be {expected} floating point, got {tuple(rows.shape)} "
-                    f"{rows.dtype}"
-                )
-            if rows.device != self.device:
-                raise LayoutError(f"{op}: {name} must be on {self.device}, got {rows.device}")
+        self._check_rows(op, "kv_c", kv_c, slots, self.dims.kv_lora_rank)
+        self._check_rows(op, "k_pe", k_pe, slots, self.dims.qk_rope_head_dim)
         self.layout.pack(
             self.buffers, kv_c, k_pe, slots.long(), self.dims, self.page_size, self.scale
         )
+
+    def write_rope(self, k_pe: torch.Tensor, slots: torch.Tensor) -> None:
+        """Quantise rotary parts and store them at ``slots``, leaving the latents as they are.
+
+        Parameters
+        ----------
+        k_pe : [T, qk_rope_head_dim], floating point
+        slots : [T], int32 or int64
+            As in `write`.
+        """
+        op = f"LatentCache({self.layout.name}).write_rope"
+        self._check_slots(op, slots)
+        self._check_rows(op, "k_pe", k_pe, slots, self.dims.qk_rope_head_dim)
+        self.layout.pack_rope(
+            self.buffers, k_pe, slots.long(), self.dims, self.page_size, self.scale
+        )
+
+    def round_rope(self, k_pe: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return rotary parts [T, qk_rope_head_dim] as reading them back would, after a write."""
+        return self.layout.round_rope(k_pe, self.scale, dtype)
 
     def read(
         self, slots: torch.Tensor, dtype: torch.dtype = torch.float32
@@ -220,6 +230,18 @@ class LatentCache:
         return self.layout.unpack_pages(
             self.buffers, pages, self.dims, self.page_size, self.scale, dtype
         )
+
+    def _check_rows(
+        self, op: str, name: str, rows: torch.Tensor, slots: torch.Tensor, width: int
+    ) -> None:
+        expected = (slots.numel(), width)
+        if tuple(rows.shape) != expected or not rows.is_floating_point():
+            raise LayoutError(
+                f"{op}: {name} must be {expected} floating point, got {tuple(rows.shape)} "
+                f"{rows.dtype}"
+            )
+        if rows.device != self.device:
+            raise LayoutError(f"{op}: {name} must be on {self.device}, got {rows.device}")
 
     def _check_slots(self, op: str, slots: torch.Tensor) -> None:
         if slots.ndim != 1 or slots.dtype not in (torch.int32, torch.int64):

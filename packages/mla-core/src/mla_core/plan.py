@@ -28,6 +28,7 @@ from mla_core.dtypes import FP8_DTYPES, dtype_name
 from mla_core.errors import LayoutError
 from mla_core.logs import event
 from mla_core.problem import Problem
+from mla_core.rope import FusedRope
 from mla_core.select import Choice, select
 
 MAX_KV_SPLITS = 256
@@ -47,6 +48,8 @@ class AttentionOptions:
         0 for none; else scores become ``softcap * tanh(score / softcap)``.
     cp_world_size, cp_rank : int
         Round-robin context parallelism: local key ``j`` is global key ``j * world_size + rank``.
+    rope : FusedRope, optional
+        Queries and newest keys arrive unrotated, and decode rotates them.
     """
 
     causal: bool = True
@@ -54,6 +57,7 @@ class AttentionOptions:
     softcap: float = 0.0
     cp_world_size: int = 1
     cp_rank: int = 0
+    rope: FusedRope | None = None
 
     def __post_init__(self) -> None:
         """Refuse values no kernel can mean."""
@@ -79,7 +83,8 @@ class AttentionOptions:
             "softcap": self.softcap > 0,
             "cp_round_robin": self.cp_world_size > 1,
         }
-        return frozenset(name for name, wanted in asked.items() if wanted)
+        rope = frozenset[str]() if self.rope is None else self.rope.features
+        return rope | {name for name, wanted in asked.items() if wanted}
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +250,8 @@ def plan_decode(
     """
     options = options or AttentionOptions()
     _check_dims(dims, kv)
+    if options.rope is not None:
+        options.rope.check_dims("plan_decode", dims)
     check_qo_indptr("plan_decode", qo_indptr, kv.batch_size, kv.cache.device)
     if num_kv_splits is not None and not 1 <= num_kv_splits <= MAX_KV_SPLITS:
         raise LayoutError(

@@ -24,6 +24,8 @@ FEATURES: dict[str, str] = {
     "softcap": "scores are cap * tanh(score / cap)",
     "sink": "one extra logit per head with a zero value",
     "cp_round_robin": "context parallel rank holding every W-th token",
+    "rope": "queries and each request's newest keys are rotated by position",
+    "rope_write_back": "the rotated keys are stored in the cache",
     "batch_invariant": "a request's bits do not depend on its batch mates",
     "backward": "gradients of q, k and v",
     "topk_length": "per-row number of valid top-k indices",

@@ -210,6 +210,32 @@ class Layout:
         for field in self.fields(dims, page_size):
             field.put(buffers[field.buffer], slots, stored[field.name])
 
+    def pack_rope(
+        self,
+        buffers: Buffers,
+        k_pe: torch.Tensor,
+        slots: torch.Tensor,
+        dims: MLADims,
+        page_size: int,
+        scale: torch.Tensor | None = None,
+    ) -> None:
+        """Quantise and store rotary parts alone; parameters as in `pack`."""
+        items = self.rope.items("k_pe", dims.qk_rope_head_dim)
+        arrays = self.rope.encode(k_pe, scale)
+        arrangement = self.arrangement(dims, page_size)
+        for item, array in zip(items, arrays, strict=True):
+            field = arrangement.field(item.name)
+            field.put(buffers[field.buffer], slots, array)
+
+    def round_rope(
+        self,
+        k_pe: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Return rotary parts [T, R] as they would be read back after storing them."""
+        return self.rope.decode(self.rope.encode(k_pe, scale), scale, dtype)
+
     def unpack(
         self,
         buffers: Buffers,

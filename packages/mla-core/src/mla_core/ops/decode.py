@@ -13,6 +13,7 @@ from mla_core.errors import LayoutError
 from mla_core.ops import library
 from mla_core.ops.arguments import check_q_scale, check_queries, check_sink, outputs
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, build_plan, decode_problem
+from mla_core.rope import FusedRope, RopeInputs
 
 
 def decode(
@@ -28,6 +29,9 @@ def decode(
     sink: torch.Tensor | None = None,
     q_scale: torch.Tensor | None = None,
     global_kv_lens: torch.Tensor | None = None,
+    cos_sin_cache: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    k_pe_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend each query token to its request's paged latent cache (absorbed, MQA form).
 
@@ -38,7 +42,9 @@ def decode(
     ql_nope : [total_q, num_heads, kv_lora_rank], dtype of the plan, last dim contiguous
         Query after absorbing W_UK.
     q_pe : [total_q, num_heads, qk_rope_head_dim], like ``ql_nope``
-        Rotated query part; width 0 for models without rope.
+        Rotated query part; width 0 for models without rope. With a plan whose options have a
+        `mla_core.FusedRope`, not rotated yet, as the ``k_pe`` of each request's newest ``q_len``
+        keys, which are those of its query tokens. Their slots must belong to no other request.
     kv : PagedKV
         The batch the plan was made for, or another of the same size and layout.
     plan : DecodePlan
@@ -53,6 +59,16 @@ def decode(
         Dequantisation factor of fp8 queries.
     global_kv_lens : [batch_size], int32, optional
         Lengths over all ranks; required with, and only with, round-robin context parallelism.
+    cos_sin_cache : [max_position, rotary_dim], bf16, fp16 or fp32, optional
+        Cosines of each pair, then sines; required with, and only with, fused RoPE.
+    positions : [total_q], int32 or int64, optional
+        Position of each query token and of its key; required like ``cos_sin_cache``. One outside
+        the table is refused on the CPU and under ``MLA_CHECK=1``; elsewhere the rows that it
+        rotates become NaN, without reading past the table.
+    k_pe_tokens : [total_q, qk_rope_head_dim], bf16, fp16 or fp32, optional
+        With fused RoPE, receives the rotated key of each query token as the scores see it; 0 where
+        the key is not in the cache (``q_len`` above the request's length, a hidden page, another
+        context-parallel rank).
 
     Returns
     -------
@@ -88,11 +104,25 @@ def decode(
     torch.Size([1, 16, 512])
     """
     _check(ql_nope, q_pe, kv, plan, sink, q_scale, global_kv_lens)
+    rope = RopeInputs.checked(
+        "decode",
+        plan.options.rope,
+        plan.dims,
+        plan.qo_indptr,
+        plan.request.total_q,
+        cos_sin_cache,
+        positions,
+        k_pe_tokens,
+    )
     out_shape = (ql_nope.shape[0], ql_nope.shape[1], plan.dims.value_dim)
     out, lse = outputs("decode", ql_nope, out_shape, out, lse, return_lse)
     if torch.compiler.is_compiling():
         request, options = plan.request, plan.options
-        torch.ops.mla.decode(
+        fused = options.rope
+        # Only one of the two tells the compiler that the cache changes.
+        writes = fused is not None and fused.write_back
+        run = torch.ops.mla.decode_write_back if writes else torch.ops.mla.decode
+        run(
             ql_nope,
             q_pe,
             *library.flatten_cache(kv.cache),
@@ -114,11 +144,15 @@ def decode(
             ],
             [options.causal, options.window or 0, options.cp_world_size, options.cp_rank],
             options.softcap,
+            _flat_rope(fused),
+            cos_sin_cache,
+            positions,
             out,
             lse,
+            k_pe_tokens,
         )
     else:
-        _run(ql_nope, q_pe, kv, plan, sm_scale, out, lse, sink, q_scale, global_kv_lens)
+        _run(ql_nope, q_pe, kv, plan, sm_scale, out, lse, sink, q_scale, global_kv_lens, rope)
     return out if lse is None else (out, lse)
 
 
@@ -199,8 +233,14 @@ def _run(
     sink: torch.Tensor | None,
     q_scale: torch.Tensor | None,
     global_kv_lens: torch.Tensor | None,
+    rope: RopeInputs | None,
 ) -> None:
     """Call the planned backend, under ``MLA_CHECK=1`` after reading every live row."""
+    # Passed only where it was planned, so that backends without the feature need not name it.
+    extra = {} if rope is None else {"rope": rope}
+    if rope is not None:
+        assert plan.options.rope is not None
+        rope.check_values("decode", plan.options.rope, plan.qo_indptr)
     if env.flag("MLA_CHECK"):
         kv.check_values()
         check_live_rows("decode", kv.cache, kv.token_slots().flatten())
@@ -215,7 +255,24 @@ def _run(
         sink=sink,
         q_scale=q_scale,
         global_kv_lens=global_kv_lens,
+        **extra,
     )
+
+
+def _flat_rope(rope: FusedRope | None) -> list[int]:
+    """Return the fields of a rotation as ints, in order; [] for none."""
+    if rope is None:
+        return []
+    flags = int(rope.is_neox), int(rope.write_back)
+    return [flags[0], rope.rotary_dim, rope.dim_offset, rope.position_offset, flags[1]]
+
+
+def _restore_rope(numbers: list[int]) -> FusedRope | None:
+    """Invert `_flat_rope`."""
+    if not numbers:
+        return None
+    is_neox, rotary_dim, dim_offset, position_offset, write_back = numbers
+    return FusedRope(bool(is_neox), rotary_dim, dim_offset, position_offset, bool(write_back))
 
 
 def _run_flat(
@@ -239,14 +296,20 @@ def _run_flat(
     limits: list[int],
     mask: list[int],
     softcap: float,
+    fused: list[int],
+    cos_sin_cache: torch.Tensor | None,
+    positions: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    k_pe_tokens: torch.Tensor | None,
 ) -> None:
     """Rebuild the containers of a compiled call and run the planned backend."""
     cache: LatentCache = library.restore_cache(buffers, kv_scale, layout, dims, page_size)
     kv = PagedKV(cache, kv_indptr, kv_page_indices, kv_last_page_len)
     causal, window, cp_world_size, cp_rank = mask
-    options = AttentionOptions(bool(causal), window or None, softcap, cp_world_size, cp_rank)
+    options = AttentionOptions(
+        bool(causal), window or None, softcap, cp_world_size, cp_rank, _restore_rope(fused)
+    )
     max_seqlen_q, max_seqlen_k, total_pages, num_kv_splits = limits
     local_dims = cache.dims.with_heads(ql_nope.shape[1])
     request = PlanRequest(
@@ -261,23 +324,28 @@ def _run_flat(
         device_index=out.device.index if out.device.type == "cuda" else -1,
     )
     plan = build_plan(request, registry.record(backend).require(), qo_indptr)
-    _run(ql_nope, q_pe, kv, plan, sm_scale, out, lse, sink, q_scale, global_kv_lens)
+    rope = None
+    if cos_sin_cache is not None and positions is not None:
+        rope = RopeInputs(cos_sin_cache, positions, k_pe_tokens)
+    _run(ql_nope, q_pe, kv, plan, sm_scale, out, lse, sink, q_scale, global_kv_lens, rope)
 
 
 def _fake(ql_nope: torch.Tensor, *arguments: object) -> None:
-    out, lse = arguments[-2:]
+    out, lse, _ = arguments[-3:]
     assert isinstance(out, torch.Tensor)
     torch._check(out.shape[:2] == ql_nope.shape[:2])
     if isinstance(lse, torch.Tensor):
         torch._check(lse.shape == ql_nope.shape[:2])
 
 
-library.define(
-    "decode",
+_SCHEMA = (
     f"(Tensor ql_nope, Tensor q_pe, {library.CACHE_SCHEMA}, Tensor kv_indptr, "
     "Tensor kv_page_indices, Tensor kv_last_page_len, Tensor qo_indptr, Tensor? sink, "
     "Tensor? q_scale, Tensor? global_kv_lens, float sm_scale, str backend, str[] features, "
-    "SymInt[] limits, int[] mask, float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()",
-    _run_flat,
-    _fake,
+    "SymInt[] limits, int[] mask, float softcap, int[] fused, Tensor? cos_sin_cache, "
+    "Tensor? positions, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? k_pe_tokens) -> ()"
+)
+library.define("decode", _SCHEMA, _run_flat, _fake)
+library.define(
+    "decode_write_back", _SCHEMA.replace("Tensor[]", "Tensor(d!)[]", 1), _run_flat, _fake
 )

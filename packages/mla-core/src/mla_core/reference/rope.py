@@ -22,24 +22,26 @@ def rope(
     is_neox: bool,
     rotary_dim: int | None = None,
     offset: int | torch.Tensor = 0,
+    dim_offset: int = 0,
     inverse: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """Rotate the first ``rotary_dim`` elements of each row by its position.
+    """Rotate ``rotary_dim`` elements of each row by its position.
 
     Parameters
     ----------
     x : [num_tokens, ..., head_dim]
-        The remaining ``head_dim - rotary_dim`` elements pass through.
+        Elements ``dim_offset .. dim_offset + rotary_dim - 1`` turn, the others pass through.
     positions : [num_tokens], integer
     cos, sin : [max_position, rotary_dim / 2] or [max_position, rotary_dim]
         One column for each pair, or one for each element.
     is_neox : bool
         True pairs the two halves, False adjacent elements.
     rotary_dim : int, optional
-        Even; all of ``head_dim`` by default.
+        Even; everything from ``dim_offset`` on by default.
     offset : int or [num_tokens]
         Added to ``positions``.
+    dim_offset : int
     inverse : bool
         Rotate backwards: with one column for each pair this undoes the rotation.
     dtype : torch.dtype
@@ -55,10 +57,13 @@ def rope(
         ``rotary_dim`` is odd or too wide, or the tables fit it in neither form.
     """
     head_dim = x.shape[-1]
-    rotary_dim = head_dim if rotary_dim is None else rotary_dim
-    if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
+    if not 0 <= dim_offset <= head_dim:
+        raise LayoutError(f"rope: dim_offset must be in 0..{head_dim}, got {dim_offset}")
+    widest = head_dim - dim_offset
+    rotary_dim = widest if rotary_dim is None else rotary_dim
+    if rotary_dim % 2 or not 0 <= rotary_dim <= widest:
         raise LayoutError(
-            f"rope: rotary_dim must be an even number in 0..{head_dim}, got {rotary_dim}; "
+            f"rope: rotary_dim must be an even number in 0..{widest}, got {rotary_dim}; "
             "a rotation turns pairs"
         )
     if cos.shape != sin.shape or cos.shape[-1] not in (rotary_dim // 2, rotary_dim):
@@ -75,9 +80,10 @@ def rope(
     if inverse:
         row_sin = -row_sin
     x = x.to(dtype)
-    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    end = dim_offset + rotary_dim
+    turned = x[..., dim_offset:end]
     turned = turned * row_cos + _quarter_turn(turned, is_neox) * row_sin
-    return torch.cat([turned, rest], dim=-1)
+    return torch.cat([x[..., :dim_offset], turned, x[..., end:]], dim=-1)
 
 
 def _per_element(columns: torch.Tensor, rotary_dim: int, is_neox: bool) -> torch.Tensor:

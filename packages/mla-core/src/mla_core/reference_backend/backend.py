@@ -39,6 +39,8 @@ BACKEND = Backend(
                     "softcap",
                     "sink",
                     "cp_round_robin",
+                    "rope",
+                    "rope_write_back",
                     "batch_invariant",
                 }
             ),

@@ -36,16 +36,20 @@ def applies(request: PlanRequest) -> bool:
     )
 
 
-def common_slots(distance: int, slots: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+def common_slots(
+    distance: int, slots: torch.Tensor, options: AttentionOptions, num_rotated: int = 0
+) -> torch.Tensor:
     """Return the leading slots of a request that its query tokens all see; none if in doubt.
 
-    ``distance`` is the number of query tokens behind the first. The number of slots is a multiple
-    of torch's threads, so that `attend_fused` can share them out.
+    ``distance`` is the number of query tokens behind the first; ``num_rotated`` of the newest keys
+    are not in the cache as the queries see them. The number of slots is a multiple of torch's
+    threads, so that `attend_fused` can share them out.
     """
     is_plain = options.window is None and options.cp_world_size == 1
     if not is_plain or bool((slots < 0).any()):
         return slots[:0]
-    count = max(slots.numel() - (distance if options.causal else 0), 0)
+    hidden = max(distance if options.causal else 0, num_rotated)
+    count = max(slots.numel() - hidden, 0)
     return slots[: count - count % torch.get_num_threads()]
 
 

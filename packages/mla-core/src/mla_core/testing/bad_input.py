@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import mla_core
-from mla_core import AttentionOptions, LatentCache, MLADims, PagedKV, layouts
+from mla_core import AttentionOptions, FusedRope, LatentCache, MLADims, PagedKV, layouts
 from mla_core.dtypes import torch_dtype
 from mla_core.errors import (
     BackendUnavailableError,
@@ -24,6 +24,7 @@ from mla_core.errors import (
 from mla_core.problem import Problem
 
 _DIMS = MLADims(4)
+_ROPE = {"options": AttentionOptions(rope=FusedRope(is_neox=False, rotary_dim=64))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +248,17 @@ BAD_INPUTS: tuple[BadInput, ...] = (
         "got cp_rank=4, cp_world_size=4",
     ),
     BadInput(
+        "an odd number of rotated elements",
+        lambda: FusedRope(is_neox=False, rotary_dim=63),
+        "FusedRope: rotary_dim must be an even number >= 2, got 63",
+    ),
+    BadInput(
+        "a rotation wider than the rotary part",
+        lambda: _plan(options=AttentionOptions(rope=FusedRope(False, 64, dim_offset=2))),
+        "plan_decode: options.rope must have dim_offset + rotary_dim <= qk_rope_head_dim=64, "
+        "got 2 + 64",
+    ),
+    BadInput(
         "a dtype no kernel takes",
         lambda: _plan(q_dtype=torch.float64),
         "reference: q_dtype=fp64 (needs bf16, fp16, fp32, fp8_e4m3, fp8_e4m3fnuz)",
@@ -308,6 +320,27 @@ BAD_INPUTS: tuple[BadInput, ...] = (
         lambda: _decode(plan={"options": AttentionOptions(cp_world_size=2)}),
         "decode: global_kv_lens must be given if and only if the plan has cp_world_size > 1, "
         "got None with cp_world_size=2",
+    ),
+    BadInput(
+        "fused RoPE without positions",
+        lambda: _decode(plan=_ROPE, cos_sin_cache=torch.zeros(9, 64)),
+        "decode: positions must be given with options.rope, got None",
+    ),
+    BadInput(
+        "a rotation table of another width",
+        lambda: _decode(plan=_ROPE, cos_sin_cache=torch.zeros(9, 32), positions=_i32(0, 1)),
+        "decode: cos_sin_cache must be [max_position, 64], got shape (9, 32)",
+    ),
+    BadInput(
+        "a position past the rotation table",
+        lambda: _decode(plan=_ROPE, cos_sin_cache=torch.zeros(9, 64), positions=_i32(0, 9)),
+        "decode: positions (plus position_offset=0) must be in 0..8, the rows of cos_sin_cache, "
+        "got 9 at 1",
+    ),
+    BadInput(
+        "positions that were not planned",
+        lambda: _decode(positions=_i32(0, 1)),
+        "decode: positions must be None with a plan without options.rope, got (2,)",
     ),
     BadInput(
         "sparse indices of another number of tokens",

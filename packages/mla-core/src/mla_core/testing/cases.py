@@ -20,10 +20,15 @@ from mla_core.dtypes import FP8_DTYPES, torch_dtype
 from mla_core.plan import AttentionOptions
 from mla_core.problem import Problem
 from mla_core.reference import attention
+from mla_core.reference.rope import rope, rope_tables, split_cos_sin_cache
 from mla_core.testing.poison import poison_
 
 #: Page ids in the over-allocated tail of the index buffer; no kernel may follow them.
 WILD_PAGE_ID = 1 << 30
+
+#: Rows of the rotation table of cases with fused RoPE, and its dtype by seed.
+MAX_POSITION = 700
+_TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,9 @@ class DecodeInputs:
     global_kv_lens: torch.Tensor | None
     expected_out: torch.Tensor
     expected_lse: torch.Tensor
+    cos_sin_cache: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    expected_k_pe_tokens: torch.Tensor | None = None
 
 
 def _build(case: DecodeCase, device: torch.device) -> DecodeInputs:
@@ -156,8 +164,17 @@ def _build(case: DecodeCase, device: torch.device) -> DecodeInputs:
             ],
             dtype=torch.int32,
         )
-    expected_out, expected_lse = _expected(
-        case, kv, ql_nope, q_pe, qo_indptr, sink, q_scale, global_kv_lens
+    fused = options.rope
+    cos_sin_cache, positions = None, None
+    if fused is not None:
+        tables = rope_tables(MAX_POSITION, fused.rotary_dim, dtype=torch.float32)
+        cos_sin_cache = torch.cat(tables, dim=-1).to(_TABLE_DTYPES[case.seed % 3])
+        # Positions of no order at all: each token must find its own.
+        low, high = -fused.position_offset, MAX_POSITION - fused.position_offset
+        positions = torch.randint(low, high, (total_q,), generator=generator)
+        positions = positions if case.seed % 2 else positions.int()
+    expected_out, expected_lse, expected_k_pe_tokens = _expected(
+        case, kv, ql_nope, q_pe, qo_indptr, sink, q_scale, global_kv_lens, cos_sin_cache, positions
     )
     moved = replace(cache, buffers=tuple(buffer.to(device) for buffer in cache.buffers))
     if cache.scale is not None:
@@ -179,6 +196,9 @@ def _build(case: DecodeCase, device: torch.device) -> DecodeInputs:
         global_kv_lens=to(global_kv_lens),
         expected_out=expected_out,
         expected_lse=expected_lse,
+        cos_sin_cache=to(cos_sin_cache),
+        positions=to(positions),
+        expected_k_pe_tokens=expected_k_pe_tokens,
     )
 
 
@@ -191,7 +211,9 @@ def _expected(
     sink: torch.Tensor | None,
     q_scale: torch.Tensor | None,
     global_kv_lens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    cos_sin_cache: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Run the truth on what the cache really holds, after its own rounding."""
     slots = kv.token_slots()
     latents, keys, present = [], [], []
@@ -200,7 +222,12 @@ def _expected(
         latents.append(kv_c)
         keys.append(k_pe)
         present.append(slots[b, :length] >= 0)
-    return attention.decode(
+    k_pe_tokens = None
+    if cos_sin_cache is not None and positions is not None:
+        q_pe, k_pe_tokens = _rotate(
+            case, kv, q_pe, keys, present, global_kv_lens, cos_sin_cache, positions
+        )
+    out, lse = attention.decode(
         ql_nope,
         q_pe,
         latents,
@@ -218,6 +245,49 @@ def _expected(
         value_includes_rope=case.dims.value_includes_rope,
         present=present,
     )
+    return out, lse, k_pe_tokens
+
+
+def _rotate(
+    case: DecodeCase,
+    kv: PagedKV,
+    q_pe: torch.Tensor,
+    keys: list[torch.Tensor],
+    present: list[torch.Tensor],
+    global_kv_lens: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rotated queries and ``k_pe_tokens``, and rotate the newest of ``keys`` in place."""
+    options, fused = case.options, case.options.rope
+    assert fused is not None
+    cos, sin = split_cos_sin_cache(cos_sin_cache)
+
+    def rotated(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return rope(
+            x,
+            positions[tokens],
+            cos,
+            sin,
+            is_neox=fused.is_neox,
+            rotary_dim=fused.rotary_dim,
+            offset=fused.position_offset,
+            dim_offset=fused.dim_offset,
+        )
+
+    k_pe_tokens = torch.zeros((q_pe.shape[0], q_pe.shape[2]), dtype=torch.float64)
+    q_begin = 0
+    for b, q_len in enumerate(case.query_lens):
+        length = len(keys[b]) if global_kv_lens is None else int(global_kv_lens[b])
+        for j in range(len(keys[b])):
+            i = j * options.cp_world_size + options.cp_rank - (length - q_len)
+            if i >= 0 and bool(present[b][j]):
+                token = torch.tensor([q_begin + i])
+                keys[b][j] = kv.cache.round_rope(rotated(keys[b][j][None], token))[0]
+                k_pe_tokens[token] = keys[b][j].double()
+        q_begin += q_len
+    rounded = torch.bfloat16 if case.q_dtype in FP8_DTYPES else q_pe.dtype
+    return rotated(q_pe, torch.arange(q_pe.shape[0])).to(rounded), k_pe_tokens
 
 
 def _with_padded_pages(cache: LatentCache) -> LatentCache:

@@ -13,18 +13,73 @@ import torch
 
 from mla_core import registry
 from mla_core.dims import MLADims
+from mla_core.layouts.fields import bits
 from mla_core.ops import decode
 from mla_core.plan import AttentionOptions, DecodePlan, output_dtype, plan_decode
+from mla_core.rope import FusedRope
 from mla_core.testing.assertions import TOLERANCES, assert_close
 from mla_core.testing.cases import DecodeCase, DecodeInputs
 from mla_core.testing.poison import poison_
 
 _RAGGED = (37, 0, 1, 16, 64, 130)
 _MTP_Q = (2, 1, 4, 3, 1, 2)
+_GPTJ = FusedRope(False, 64)
 
 
 def _one_per_seed(cases: Iterable[DecodeCase]) -> tuple[DecodeCase, ...]:
     return tuple(replace(case, seed=seed) for seed, case in enumerate(cases, start=1))
+
+
+def _rope_cases() -> Iterable[DecodeCase]:
+    """Both pairings, partial and shifted rotations, with and without writing the keys back."""
+    neox, gptj = AttentionOptions(rope=FusedRope(True, 64)), AttentionOptions(rope=_GPTJ)
+    shifted = FusedRope(False, 32, dim_offset=16, position_offset=5, write_back=True)
+    odd_shift = FusedRope(True, 22, dim_offset=7, position_offset=-3)
+    stored = AttentionOptions(rope=replace(_GPTJ, write_back=True))
+    neox_stored = AttentionOptions(rope=FusedRope(True, 64, write_back=True))
+    yield DecodeCase("rope_neox", _RAGGED, options=neox)
+    yield DecodeCase("rope_gptj", _RAGGED, options=gptj)
+    yield DecodeCase("rope_gptj", _RAGGED, _MTP_Q, q_dtype="fp16", layout="fp16", options=stored)
+    yield DecodeCase("rope_neox", _RAGGED, _MTP_Q, q_dtype="fp32", layout="fp32", options=neox)
+    yield DecodeCase("rope_shifted", (37, 9), (3, 1), options=AttentionOptions(rope=shifted))
+    yield DecodeCase("rope_odd_shift", (37, 9), (3, 1), options=AttentionOptions(rope=odd_shift))
+    yield DecodeCase("rope_write_back", _RAGGED, _MTP_Q, options=neox_stored)
+    yield DecodeCase("rope_page_1", (37, 0, 5), (2, 1, 3), page_size=1, options=stored)
+    yield DecodeCase("rope_page_3", (37, 0, 5), page_size=3, options=gptj)
+    yield DecodeCase("rope_longer_queries", (3, 1, 0), (5, 4, 2), options=stored)
+    yield DecodeCase("rope_no_queries", (20, 30, 40), (1, 0, 2), options=stored)
+    yield DecodeCase("rope_prefill", (40, 64), (40, 33), dims=MLADims(4), options=neox_stored)
+    yield DecodeCase("rope_splits", (300, 17, 0, 1), num_kv_splits=7, options=stored)
+    yield DecodeCase("rope_hidden_page", (10, 60), hidden_page=True, options=stored)
+    yield DecodeCase("rope_padded_pages", (40, 60), strided=True, options=neox_stored)
+    yield DecodeCase("rope_heads", (70, 9), dims=MLADims(5), options=gptj)
+    yield DecodeCase("rope_heads", (70, 9), (2, 2), dims=MLADims(128), options=stored)
+    narrow = AttentionOptions(rope=FusedRope(False, 32, write_back=True))
+    yield DecodeCase("rope_32", (70, 9), dims=MLADims(40, 256, 32, 64, 64), options=narrow)
+    for name, option in (
+        ("non_causal", AttentionOptions(causal=False, rope=_GPTJ)),
+        ("window", AttentionOptions(window=24, rope=_GPTJ)),
+        ("softcap", AttentionOptions(softcap=2.0, rope=_GPTJ)),
+    ):
+        yield DecodeCase(f"rope_{name}", (37, 9, 70), (4, 1, 3), options=option, has_sink=True)
+    for rank in (0, 2):
+        parallel = AttentionOptions(cp_world_size=3, cp_rank=rank, rope=stored.rope)
+        yield DecodeCase("rope_context_parallel", (37, 0, 9), (2, 1, 4), options=parallel)
+    for layout in ("fp8_ds656", "fp8_seg656", "fp8_ds32", "shuffled_bf16"):
+        yield DecodeCase("rope_stored_16bit", (70, 9), (2, 1), layout=layout, options=stored)
+    for layout in ("fp8", "fp8_fnuz", "fp8_seg576"):
+        yield DecodeCase("rope_stored_8bit", (70, 9), (2, 1), layout=layout, options=stored)
+    yield DecodeCase(
+        "rope_stored_4bit",
+        (150, 9),
+        (2, 1),
+        layout="nvfp4_shuffled",
+        page_size=128,
+        options=stored,
+    )
+    yield DecodeCase("rope_fp8_q", (70, 9), q_dtype="fp8_e4m3", layout="fp8", options=gptj)
+    v4 = MLADims(8, 448, 64, 448, 512, value_includes_rope=True)
+    yield DecodeCase("rope_v4", (70, 9), dims=v4, layout="v4_584", options=stored)
 
 
 #: Lengths, pages, heads, dims, dtypes, layouts and options that have broken kernels somewhere.
@@ -101,6 +156,7 @@ DECODE_CASES: tuple[DecodeCase, ...] = _one_per_seed(
         DecodeCase("nvfp4", (150, 9), layout="nvfp4_shuffled", page_size=128),
         DecodeCase("fp8_queries", (70, 9), q_dtype="fp8_e4m3", layout="fp8"),
         DecodeCase("fp8_queries", (70, 9), q_dtype="fp8_e4m3fnuz", layout="fp8_fnuz"),
+        *_rope_cases(),
     ]
 )
 
@@ -154,6 +210,12 @@ def check_decode(
     for workspace in plan.workspace.values():
         poison_(workspace)
     dtype = output_dtype(inputs.ql_nope.dtype)
+    k_pe_tokens = None
+    if inputs.expected_k_pe_tokens is not None:
+        k_pe_tokens = poison_(
+            torch.empty(inputs.expected_k_pe_tokens.shape, dtype=dtype, device=device)
+        )
+    before = [buffer.clone() for buffer in inputs.kv.cache.buffers]
     out = poison_(torch.empty(inputs.expected_out.shape, dtype=dtype, device=device))
     lse = poison_(torch.empty(inputs.expected_lse.shape, dtype=torch.float32, device=device))
     decode(
@@ -167,9 +229,52 @@ def check_decode(
         sink=inputs.sink,
         q_scale=inputs.q_scale,
         global_kv_lens=inputs.global_kv_lens,
+        cos_sin_cache=inputs.cos_sin_cache,
+        positions=inputs.positions,
+        k_pe_tokens=k_pe_tokens,
     )
+    if k_pe_tokens is not None and inputs.expected_k_pe_tokens is not None:
+        assert_close(k_pe_tokens, inputs.expected_k_pe_tokens, what=f"k_pe_tokens of {case}")
+    _check_cache(case, inputs, before)
     assert_close(out, inputs.expected_out, what=f"out of {case}")
     # Scores are dot products of rounded operands accumulated in fp32: the lse keeps more digits
     # than the output, except where a kernel rounds the probabilities or the scores.
     lse_tolerance = TOLERANCES["fp32" if dtype == torch.float32 else "fp16"]
     assert_close(lse, inputs.expected_lse, what=f"lse of {case}", tolerance=lse_tolerance)
+
+
+def _check_cache(case: DecodeCase, inputs: DecodeInputs, before: list[torch.Tensor]) -> None:
+    """Check that only a write-back changed the cache, and only as it should; then undo it."""
+    cache, fused = inputs.kv.cache, case.options.rope
+    if fused is not None and fused.write_back:
+        slots, tokens = _newest(case, inputs)
+        wanted = inputs.expected_k_pe_tokens
+        assert wanted is not None
+        _, got = cache.read(slots, torch.float32)
+        stored = cache.layout.rope.dtype
+        tolerance = TOLERANCES[stored if stored in TOLERANCES else "fp8_e4m3"]
+        what = f"rotated keys in the cache of {case}"
+        assert_close(got, wanted[tokens.cpu()], what=what, tolerance=tolerance)
+        for field in cache.layout.fields(cache.dims, cache.page_size):
+            if field.name.startswith("k_pe"):
+                field.put(
+                    cache.buffers[field.buffer], slots, field.take(before[field.buffer], slots)
+                )
+    for buffer, held in zip(cache.buffers, before, strict=True):
+        assert torch.equal(bits(buffer), bits(held)), f"cache of {case} changed elsewhere"
+
+
+def _newest(case: DecodeCase, inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the slots [N] of the query tokens' keys that are in the cache, and their tokens."""
+    table = inputs.kv.token_slots()
+    found: list[tuple[int, int]] = []
+    q_begin = 0
+    for b, (length, q_len) in enumerate(zip(case.kv_lens, case.query_lens, strict=True)):
+        whole = length if inputs.global_kv_lens is None else int(inputs.global_kv_lens[b])
+        for j in range(length):
+            i = j * case.options.cp_world_size + case.options.cp_rank - (whole - q_len)
+            if i >= 0 and int(table[b, j]) >= 0:
+                found.append((int(table[b, j]), q_begin + i))
+        q_begin += q_len
+    pairs = torch.tensor(found, dtype=torch.int64, device=table.device).view(-1, 2)
+    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
