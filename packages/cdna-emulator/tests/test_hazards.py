@@ -332,6 +332,27 @@ def test_the_worst_of_several_is_reported():
     assert found.detail.startswith("lane access after the vector ALU wrote EXEC: needs 4")
 
 
+CHAIN = [
+    "v_mfma_f32_16x16x4_f32 v[72:75], v0, v16, v[72:75]",
+    "v_mfma_f32_16x16x4_f32 v[70:73], v0, v16, v[72:75]",
+    "v_mfma_f32_16x16x4_f32 v[70:73], v0, v16, v[70:73]",
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_forwarding_hides_older_results(arch):
+    """A chain whose registers slide: the third reads what the second wrote, the first no longer."""
+    without = [CHAIN[0], CHAIN[2]]
+    sideways = [CHAIN[0], "s_cbranch_scc1 at", CHAIN[1], "at:", CHAIN[2]]
+    kernels = {"chain": CHAIN, "without": without, "sideways": sideways}
+    code_object = CodeObject.read(assemble_kernels(kernels, arch))
+    assert find_hazards(load_program(code_object, "chain")) == []
+    for name, states in (("without", 0), ("sideways", 1)):
+        (found,) = find_hazards(load_program(code_object, name))
+        assert found.detail.startswith("accumulator input overlaps the result")
+        assert found.detail.endswith(f"has {states}")
+
+
 WRITES, USES = "v_readfirstlane_b32 s8, v9", "global_load_dword v1, v2, s[8:9]"
 #: Control flow between the two, and the states on the shortest way; -1: there is none.
 FLOWS = {

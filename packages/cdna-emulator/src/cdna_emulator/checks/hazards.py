@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from cdna_emulator.checks import registers as regs
 from cdna_emulator.checks.findings import Finding
-from cdna_emulator.checks.matrix_hazards import matrix_waits
+from cdna_emulator.checks.matrix_hazards import forwards, matrix_waits
 from cdna_emulator.instruction import Instruction, Operand
 from cdna_emulator.isa import Unit
 from cdna_emulator.program import Program
@@ -41,9 +41,9 @@ def find_hazards(program: Program) -> list[Finding]:
     findings = []
     for index, consumer in enumerate(program.instructions):
         worst: tuple[int, Wait, Instruction] | None = None
-        for producer_index, distance in _before(program, predecessors, index):
+        for producer_index, distance, is_forwarded in _before(program, predecessors, index):
             producer = program.instructions[producer_index]
-            for wait in _waits(producer, consumer, program.arch):
+            for wait in _waits(producer, consumer, program.arch, is_forwarded):
                 missing = wait.needed - distance
                 if missing > 0 and (worst is None or missing > worst[0]):
                     worst = missing, wait, producer
@@ -78,18 +78,27 @@ def _predecessors(program: Program) -> list[list[int]]:
 
 def _before(
     program: Program, predecessors: list[list[int]], index: int
-) -> Iterator[tuple[int, int]]:
-    """Yield instructions that can come before one, with the fewest wait states in between."""
-    best: dict[int, int] = {}
-    frontier = [(previous, 0) for previous in predecessors[index]]
+) -> Iterator[tuple[int, int, bool]]:
+    """Yield instructions that can come before one, with the fewest wait states in between.
+
+    The last value says whether a matrix instruction in between forwards its result to this one's
+    accumulator input: what older ones wrote there is then no longer read.
+    """
+    consumer = program.instructions[index]
+    best: dict[tuple[int, bool], int] = {}
+    frontier = [(previous, 0, False) for previous in predecessors[index]]
     while frontier:
-        current, distance = frontier.pop()
-        if distance >= _LONGEST or best.get(current, _LONGEST) <= distance:
+        current, distance, is_forwarded = frontier.pop()
+        place = current, is_forwarded
+        if distance >= _LONGEST or best.get(place, _LONGEST) <= distance:
             continue
-        best[current] = distance
-        states = _wait_states(program.instructions[current])
-        frontier.extend((previous, distance + states) for previous in predecessors[current])
-    yield from best.items()
+        best[place] = distance
+        instruction = program.instructions[current]
+        after = distance + _wait_states(instruction)
+        is_forwarded = is_forwarded or forwards(instruction, consumer)
+        frontier.extend((previous, after, is_forwarded) for previous in predecessors[current])
+    for (current, is_forwarded), distance in best.items():
+        yield current, distance, is_forwarded
 
 
 def _wait_states(instruction: Instruction) -> int:
@@ -98,13 +107,15 @@ def _wait_states(instruction: Instruction) -> int:
     return 1
 
 
-def _waits(producer: Instruction, consumer: Instruction, arch: str) -> Iterator[Wait]:
+def _waits(
+    producer: Instruction, consumer: Instruction, arch: str, is_forwarded: bool
+) -> Iterator[Wait]:
     """Yield the wait states that ``consumer`` needs after ``producer``."""
     written = regs.writes(producer)
     if regs.is_valu(producer):
         yield from _after_valu(producer, consumer, written, arch)
     elif regs.is_matrix(producer):
-        yield from (Wait(*found) for found in matrix_waits(producer, consumer, arch))
+        yield from (Wait(*found) for found in matrix_waits(producer, consumer, arch, is_forwarded))
     elif producer.op.unit is Unit.SALU:
         yield from _after_salu(producer, consumer, written)
     elif regs.is_valu(consumer) and regs.store_data(producer) & regs.writes(consumer):

@@ -35,13 +35,23 @@ def _is_xdl(mnemonic: str) -> bool:
     return not mnemonic.endswith(("_f32", "_f64"))
 
 
+def forwards(producer: Instruction, consumer: Instruction) -> bool:
+    """Whether a matrix instruction's result is the accumulator input of another, all of it."""
+    if not (regs.is_matrix(producer) and regs.is_matrix(consumer)):
+        return False
+    return regs.writes(producer) == regs.of_operand(consumer.operands[3])
+
+
 def matrix_waits(
-    producer: Instruction, consumer: Instruction, arch: str
+    producer: Instruction, consumer: Instruction, arch: str, is_forwarded: bool
 ) -> Iterator[tuple[int, str]]:
-    """Yield (wait states, reason) that ``consumer`` needs after a matrix instruction."""
+    """Yield (wait states, reason) that ``consumer`` needs after a matrix instruction.
+
+    With ``is_forwarded`` its accumulator input comes from another matrix instruction in between.
+    """
     result = regs.writes(producer)
     if regs.is_matrix(consumer):
-        yield from _matrix_after_matrix(producer, consumer, result, arch)
+        yield from _matrix_after_matrix(producer, consumer, result, arch, is_forwarded)
         return
     is_memory = consumer.op.unit.is_vector_memory or consumer.op.unit is Unit.LDS
     if not is_memory and not regs.is_valu(consumer):
@@ -78,7 +88,11 @@ def _overlap(producer: Instruction, arch: str, xdl_extra: int, other_extra: int)
 
 
 def _matrix_after_matrix(
-    producer: Instruction, consumer: Instruction, result: regs.Registers, arch: str
+    producer: Instruction,
+    consumer: Instruction,
+    result: regs.Registers,
+    arch: str,
+    is_forwarded: bool,
 ) -> Iterator[tuple[int, str]]:
     name, next_name = producer.mnemonic, consumer.mnemonic
     inputs = regs.of_operand(consumer.operands[1]) | regs.of_operand(consumer.operands[2])
@@ -91,7 +105,7 @@ def _matrix_after_matrix(
             needed = _overlap(producer, arch, xdl_extra=3, other_extra=2)
         yield needed, "matrix input is the result of a matrix instruction"
     accumulator = regs.of_operand(consumer.operands[3])
-    if not result & accumulator:
+    if is_forwarded or not result & accumulator:
         return
     if result == accumulator:
         # Results are forwarded to the accumulator input of the same registers.
