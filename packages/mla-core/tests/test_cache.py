@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_write_and_read_in_place() -> None:
         ("fp8", (3, 64, 576), torch.float8_e4m3fn),
         ("fp8_seg656", (3, 64 * 656), torch.uint8),
         ("fp8_seg656", (3, 64, 656), torch.uint8),
+        ("fp8_seg644", (3, 64, 644), torch.uint8),
         ("fp8_ds656", (3, 64, 656), torch.uint8),
         ("fp8_ds656", (3, 64, 1, 656), torch.float8_e4m3fn),
         ("shuffled_bf16", (3, 1, 64, 576), torch.bfloat16),
@@ -106,7 +108,7 @@ def test_two_buffers_of_v4() -> None:
         LatentCache.bind("v4_nm", V4, 1, nope, rope[:4])
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8_ds656", "fp8_seg656", "shuffled_bf16"])
+@pytest.mark.parametrize("name", ["bf16", "fp8_ds656", "fp8_seg656", "fp8_seg644", "shuffled_bf16"])
 def test_page_stride_larger_than_a_page(name: str) -> None:
     """Layers interleaved in one allocation: page p of layer l at ``[p, l]``."""
     layout = layouts.get(name)
@@ -152,6 +154,16 @@ def test_field_views_write_through() -> None:
     assert (kv_c == 2.0).all()
     assert not k_pe.any()
     assert cache.field("k_pe").data_ptr() - cache.buffers[0].data_ptr() == 528 * 4
+    assert cache.field("kv_c_scale") is scales
+
+
+def test_field_views_belong_to_their_buffers() -> None:
+    cache = LatentCache.allocate("fp8_seg644", DIMS, 2, 4)
+    before = cache.field("kv_c_scale")
+    other = replace(cache, buffers=tuple(buffer.clone() for buffer in cache.buffers))
+    other.field("kv_c_scale").fill_(3.0)
+    assert not before.any()
+    assert not cache.field("kv_c_scale").any()
 
 
 def test_rows_is_the_standard_cache() -> None:
@@ -165,7 +177,7 @@ def test_rows_is_the_standard_cache() -> None:
 
 def test_no_rope_and_no_pages() -> None:
     dims = MLADims(64, qk_rope_head_dim=0)
-    for name in ("bf16", "fp8_ds656", "fp8_ds32", "fp8_seg656"):
+    for name in ("bf16", "fp8_ds656", "fp8_ds32", "fp8_seg656", "fp8_seg644"):
         cache = LatentCache.allocate(name, dims, 2, 4)
         kv_c = torch.full((1, 512), 1.5)
         cache.write(kv_c, kv_c[:, :0], torch.tensor([5]))

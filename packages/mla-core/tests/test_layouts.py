@@ -38,6 +38,11 @@ ADDRESSES = [
     ("fp8_seg656", 64, "kv_c_scale", 3, 2, 0, 32824),
     ("fp8_seg656", 64, "k_pe", 3, 5, 0, 34186),
     ("fp8_seg656_fnuz", 64, "kv_c_scale", 3, 2, 0, 32824),
+    ("fp8_seg644", 64, "kv_c", 3, 10, 0, 1546),
+    ("fp8_seg644", 64, "kv_c_scale", 3, 0, 0, 32780),
+    ("fp8_seg644", 64, "k_pe", 3, 5, 0, 33418),
+    ("fp8_seg644", 1, "k_pe", 0, 5, 0, 526),
+    ("fp8_seg644_fnuz", 64, "kv_c_scale", 3, 0, 0, 32780),
     ("fp8_ds656", 64, "kv_c", 3, 10, 0, 1978),
     ("fp8_ds656", 64, "kv_c_scale", 3, 2, 0, 2488),
     ("fp8_ds656", 64, "k_pe", 3, 5, 0, 2506),
@@ -81,6 +86,8 @@ SIZES = {
     "fp8_fnuz": (576, 0),
     "fp8_seg656": (656, 0),
     "fp8_seg656_fnuz": (656, 0),
+    "fp8_seg644": (644, 0),
+    "fp8_seg644_fnuz": (644, 0),
     "fp8_ds656": (656, 0),
     "fp8_seg576": (576, 0),
     "fp8_ds32": (656, 0),
@@ -221,6 +228,21 @@ def test_flash_mla_row_byte_for_byte() -> None:
     assert _bytes(*buffers) == bytes(3 * 656) + bytes(codes) + scales + rope
 
 
+def test_seg644_page_byte_for_byte() -> None:
+    """Two tokens, each with a scale of its own; a row of zeros gets the smallest one."""
+    layout = layouts.get("fp8_seg644")
+    buffers = _buffers(layout, DIMS, 2, 2)
+    kv_c, k_pe = torch.zeros(2, 512), torch.zeros(2, 64)
+    kv_c[0, 0], kv_c[0, 511] = 896.0, -2.0  # the row's scale is 2
+    k_pe[0, 0], k_pe[1, 63] = 1.0, -2.0
+    layout.pack(buffers, kv_c, k_pe, torch.tensor([2, 3]), DIMS, 2)
+    codes = bytearray(1024)
+    codes[0], codes[511] = 0x7E, 0xB8
+    scales = struct.pack("<2f", 2.0, 2.0**-126)
+    ropes = struct.pack("<H", 0x3F80) + bytes(126) + bytes(126) + struct.pack("<H", 0xC000)
+    assert _bytes(*buffers) == bytes(2 * 644) + bytes(codes) + scales + ropes
+
+
 def test_seg656_with_page_size_1_is_the_flash_mla_row() -> None:
     segmented, interleaved = layouts.get("fp8_seg656"), layouts.get("fp8_ds656")
     torch.manual_seed(0)
@@ -319,6 +341,7 @@ def test_kinds() -> None:
     assert kinds["bf16"] == ("bf16", "none")
     assert kinds["fp8_fnuz"] == ("fp8_e4m3fnuz", "per_tensor")
     assert kinds["fp8_ds656"] == ("fp8_e4m3", "group128_fp32")
+    assert kinds["fp8_seg644"] == ("fp8_e4m3", "per_token_fp32")
     assert kinds["fp8_ds32"] == ("fp8_e4m3", "group32_e8m0")
     assert kinds["v4_584"] == ("fp8_e4m3", "group64_e8m0")
     assert kinds["nvfp4_shuffled"] == ("fp4_e2m1", "group16_e4m3")

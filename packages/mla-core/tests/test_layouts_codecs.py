@@ -13,6 +13,7 @@ from mla_core.layouts.codecs import (
     GroupScaled,
     NvFp4,
     PerTensor,
+    TokenScaled,
     e8m0_ceil,
     e8m0_value,
     fp4_decode,
@@ -131,6 +132,17 @@ def test_groups_agree_with_the_reference(
     got = codec.decode((codes, scales), None, torch.float64)
     want = quant.dequantize_groups(want_codes, factors)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("fp8_e4m3", 448.0), ("fp8_e4m3fnuz", 240.0)])
+def test_token_scales_literally(dtype: str, limit: float) -> None:
+    x = torch.zeros(3, 96)
+    x[0, 3], x[0, 95], x[1, 0] = -2 * limit, 2.0, limit
+    codec = TokenScaled(dtype)
+    codes, scales = codec.encode(x, None)
+    assert scales.tolist() == [[2.0], [1.0], [2.0**-126]]
+    assert codes.float()[0, [3, 95]].tolist() == [-limit, 1.0]
+    assert torch.equal(codec.decode((codes, scales), None, torch.float32), x)
 
 
 def test_nvfp4_agrees_with_the_reference() -> None:

@@ -14,7 +14,7 @@ from mla_core.cache import LatentCache
 from mla_core.dims import MLADims
 from mla_core.dtypes import fp8_max, itemsize, torch_dtype
 from mla_core.layouts import Layout
-from mla_core.layouts.codecs import Cast, Codec, GroupScaled, NvFp4, PerTensor
+from mla_core.layouts.codecs import Cast, Codec, GroupScaled, NvFp4, PerTensor, TokenScaled
 
 POISON = 255  # NaN in bf16, fp16, fp32 and e4m3
 
@@ -32,6 +32,8 @@ def error_bound(codec: Codec, x: torch.Tensor, scale: float) -> torch.Tensor:
         # Half a step below 6 is 1. Rounding moves the scale by up to 1/16, or by 2**-10 if it is
         # tiny, which costs 6 times as much where 6 saturates.
         return amax / 6 * (1 + 1 / 16) + 6 * 2.0**-10
+    if isinstance(codec, TokenScaled):
+        codec = GroupScaled(codec.dtype, x.shape[-1])
     assert isinstance(codec, GroupScaled)
     e8m0 = 2 if codec.e8m0 else 1
     factor = group_amax(x, codec.group) / fp8_max(codec.dtype) * e8m0 + 2e-4

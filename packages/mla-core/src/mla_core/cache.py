@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 
@@ -41,6 +41,10 @@ class LatentCache:
     page_size: int
     buffers: tuple[torch.Tensor, ...]
     scale: torch.Tensor | None = None
+    # Views handed out before: a decode step asks for the same ones layer after layer.
+    _views: dict[str, torch.Tensor] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     @classmethod
     def allocate(
@@ -141,7 +145,11 @@ class LatentCache:
         For plain (not shuffled) layouts that is ``[num_pages, page_size, width]``, whose strides a
         kernel can take as they are.
         """
-        return self.layout.view(name, self.buffers, self.dims, self.page_size)
+        view = self._views.get(name)
+        if view is None:
+            view = self.layout.view(name, self.buffers, self.dims, self.page_size)
+            self._views[name] = view
+        return view
 
     def rows(self) -> torch.Tensor:
         """Return the cache of a standard layout as ``[num_pages, page_size, latent_dim]``.

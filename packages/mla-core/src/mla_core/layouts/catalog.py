@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mla_core.errors import LayoutError
 from mla_core.layouts import arrange
-from mla_core.layouts.codecs import Cast, GroupScaled, NvFp4, PerTensor
+from mla_core.layouts.codecs import Cast, GroupScaled, NvFp4, PerTensor, TokenScaled
 from mla_core.layouts.layout import Layout
 
 _BF16 = Cast("bf16")
@@ -29,6 +29,14 @@ def _seg656(name: str, dtype: str) -> Layout:
     latent = GroupScaled(dtype, 128)
     summary = f"byte page: {dtype} latents, fp32 scales per 128, bf16 ropes, segment after segment"
     return Layout(name, "seg656", summary, latent, _BF16, arrange.segmented, rank_multiple=128)
+
+
+def _seg644(name: str, dtype: str) -> Layout:
+    latent = TokenScaled(dtype)
+    summary = (
+        f"byte page: {dtype} latents, fp32 scales per token, bf16 ropes, segment after segment"
+    )
+    return Layout(name, "seg644", summary, latent, _BF16, arrange.segmented)
 
 
 def _shuffled(name: str, codec: Cast | PerTensor) -> Layout:
@@ -70,6 +78,8 @@ ALL: dict[str, Layout] = {
         _standard_fp8("fp8_fnuz", _FNUZ),
         _seg656("fp8_seg656", _OCP),
         _seg656("fp8_seg656_fnuz", _FNUZ),
+        _seg644("fp8_seg644", _OCP),
+        _seg644("fp8_seg644_fnuz", _FNUZ),
         Layout(
             "fp8_ds656",
             "ds656",

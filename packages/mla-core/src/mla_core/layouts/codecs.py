@@ -37,7 +37,7 @@ class Codec(ABC):
     @property
     @abstractmethod
     def scale_kind(self) -> str:
-        """Return "none", "per_tensor", or "group<n>_<dtype of the scale>"."""
+        """Return "none", "per_tensor", "per_token_fp32" or "group<n>_<dtype of the scale>"."""
 
     @abstractmethod
     def items(self, name: str, width: int) -> tuple[Item, ...]:
@@ -158,6 +158,32 @@ class GroupScaled(Codec):
         factor = e8m0_value(scales) if self.e8m0 else scales
         groups = _grouped(values.float(), self.group) * factor[..., None]
         return groups.flatten(-2).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScaled(Codec):
+    """fp8 numbers with one fp32 scale for each row, whatever its width."""
+
+    dtype: str
+
+    @property
+    def scale_kind(self) -> str:
+        """One factor for each token."""
+        return "per_token_fp32"
+
+    def items(self, name: str, width: int) -> tuple[Item, ...]:
+        """Two arrays: the numbers and their scale."""
+        return (Item(name, self.dtype, width), Item(f"{name}_scale", "fp32", 1))
+
+    def encode(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Scale each row to the largest finite value."""
+        return GroupScaled(self.dtype, x.shape[-1]).encode(x, scale)
+
+    def decode(
+        self, stored: tuple[torch.Tensor, ...], scale: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Multiply each row by its scale."""
+        return GroupScaled(self.dtype, stored[0].shape[-1]).decode(stored, scale, dtype)
 
 
 @dataclass(frozen=True, slots=True)

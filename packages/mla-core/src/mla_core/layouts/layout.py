@@ -62,7 +62,11 @@ class Layout:
 
     @property
     def scale_kind(self) -> str:
-        """Return "none", "per_tensor" (in the cache), or "group<n>_<dtype>" (in the page)."""
+        """Return how the latent is scaled.
+
+        "none", "per_tensor" (a factor in the cache), or in the page "per_token_fp32" or
+        "group<n>_<dtype>".
+        """
         return self.latent.scale_kind
 
     @property
