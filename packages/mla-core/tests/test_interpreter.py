@@ -74,6 +74,23 @@ def test_widening_is_exact(kernels):
     assert torch.equal(out, x.float())
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2fnuz,
+    ],
+    ids=str,
+)
+def test_every_fp8_value_widens(kernels, dtype):
+    x = torch.arange(256).to(torch.uint8).view(dtype)
+    out = torch.zeros(256)
+    kernels.cast_kernel[(1,)](x, out, N=256)
+    torch.testing.assert_close(out, x.float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_autotune_needs_no_gpu(kernels):
     x, out = torch.randn(64), torch.zeros(64)
     kernels.tuned_copy_kernel[(1,)](x, out, 64)
@@ -101,6 +118,18 @@ def test_upstream_still_needs_the_repairs(kernels):
     zeros = triton_interpreter.TensorHandle(torch.zeros(16, 16).numpy(), tl.float32)
     assert upstream_dot(None, ones, ones, zeros, None, 0).data[0, 0] != 16.0
     assert builder.create_dot(None, ones, ones, zeros, None, 0).data[0, 0] == 16.0
+
+
+def test_upstream_still_refuses_fnuz(kernels, monkeypatch):
+    """Fails when Triton learns these types; then drop the patch."""
+    from triton.runtime import interpreter as triton_interpreter
+
+    upstream = inspect.unwrap(triton_interpreter._patch_lang_core)
+    assert upstream is not triton_interpreter._patch_lang_core
+    monkeypatch.setattr(triton_interpreter, "_patch_lang_core", upstream)
+    x = torch.zeros(16).to(torch.float8_e4m3fnuz)
+    with pytest.raises(Exception, match="fail to convert fp8e4b8"):
+        kernels.cast_kernel[(1,)](x, torch.zeros(16), N=16)
 
 
 def test_enable_twice_patches_once(kernels):

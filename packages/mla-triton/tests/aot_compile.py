@@ -38,15 +38,22 @@ def constants(job):
             "IS_BASE_TWO": False,
         }
     rank = job["kv_lora_rank"]
+    groups = {"token": 1, "group128": rank // 128, "group32": rank // 32}.get(job["scales"], 0)
+    padded = 1 << (rank - 1).bit_length()
     return {
         "D": rank,
         "R": 64,
-        "BLOCK_D": 1 << (rank - 1).bit_length(),
+        "BLOCK_D": padded,
         "BLOCK_R": 64,
         "BLOCK_M": job["BLOCK_M"],
         "BLOCK_N": job["BLOCK_N"],
         "PAGE_SIZE": job["page_size"],
+        "ROPE_ALIGN": 8,
+        "SCALE_GROUP": padded if groups == 1 else rank // groups if groups else 0,
+        "HAS_KV_SCALE": job["scales"] == "tensor",
+        "HAS_Q_SCALE": job["q_dtype"].startswith("fp8"),
         "IS_CAUSAL": True,
+        "HAS_CP": False,
         "HAS_LSE": True,
         "HAS_SINK": False,
         "HAS_SOFTCAP": False,
@@ -55,9 +62,18 @@ def constants(job):
 
 
 def type_of(name, job):
-    if name in ("ql_nope_ptr", "q_pe_ptr", "kv_c_ptr", "k_pe_ptr"):
-        return "*" + job["dtype"]
-    if name in ("out_ptr", "lse_ptr", "sink_ptr", "partial_out_ptr", "partial_lse_ptr"):
+    if name in ("ql_nope_ptr", "q_pe_ptr"):
+        return "*" + job["q_dtype"]
+    if name == "kv_c_ptr":
+        return "*" + job["kv_dtype"]
+    if name == "k_pe_ptr":
+        # Scales in the page go with bf16 rotary keys.
+        return "*" + (job["kv_dtype"] if job["scales"] in ("none", "tensor") else "bf16")
+    if name == "kv_scale_ptr" and job["scales"] == "group32":
+        return "*u8"
+    if name.startswith(("kv_scale", "q_scale", "out", "lse", "sink", "partial")) and name.endswith(
+        "_ptr"
+    ):
         return "*fp32"
     if name.endswith("_ptr"):
         return "*i32"
@@ -66,6 +82,8 @@ def type_of(name, job):
 
 def is_aligned(name):
     """Say whether callers' values are multiples of 16, as Triton finds out at a launch."""
+    if name.startswith("kv_scale_stride"):
+        return False
     return name.endswith("_ptr") or ("stride" in name and "lse" not in name)
 
 

@@ -18,13 +18,23 @@ from mla_triton.tuning import DecodeConfig
 ROW = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
 
-def request_of(arch="sm90", heads=16, q_len=1, q_dtype="bf16", rank=512, features=()):
+def request_of(
+    arch="sm90",
+    heads=16,
+    q_len=1,
+    q_dtype="bf16",
+    rank=512,
+    features=(),
+    kv_dtype=None,
+    layout="standard",
+):
     problem = Problem(
         op="decode",
         arch=arch,
         q_dtype=q_dtype,
-        kv_dtype=q_dtype,
+        kv_dtype=kv_dtype or q_dtype,
         dims=MLADims(heads, rank),
+        layout=layout,
         page_size=64,
         q_len=q_len,
         features=frozenset(features),
@@ -61,6 +71,19 @@ def test_first_match_wins(table):
     assert tuning.choose(request_of(heads=17, rank=1024)).BLOCK_N == 128
 
 
+def test_conditions_on_the_cache(table):
+    table(
+        [
+            {"when": {"kv_dtype": "fp8_e4m3", "layout": ["seg656", "ds656"]}} | ROW,
+            {"when": {"layout": "seg656"}} | ROW | {"BLOCK_N": 16},
+            {"when": {}} | ROW | {"BLOCK_N": 64},
+        ]
+    )
+    assert tuning.choose(request_of(kv_dtype="fp8_e4m3", layout="ds656")).BLOCK_N == 32
+    assert tuning.choose(request_of(kv_dtype="fp8_e4m3fnuz", layout="seg656")).BLOCK_N == 16
+    assert tuning.choose(request_of(kv_dtype="fp8_e4m3")).BLOCK_N == 64
+
+
 def test_rows_count_query_tokens_unless_batch_invariant(table):
     table([{"when": {"num_rows": {"max": 16}}} | ROW, {"when": {}} | ROW | {"BLOCK_N": 64}])
     assert tuning.choose(request_of(q_len=2)).BLOCK_N == 64
@@ -73,7 +96,10 @@ def test_rows_count_query_tokens_unless_batch_invariant(table):
         ([], "last row must have an empty `when`"),
         ([{"when": {"num_rows": 1}} | ROW], "last row must have an empty `when`"),
         ([ROW], r"row 0: `when` must be an object, got NoneType"),
-        ([{"when": {"heads": 1}} | ROW], "row 0: `when` must use q_dtype, num_rows"),
+        (
+            [{"when": {"heads": 1}} | ROW],
+            "row 0: `when` must use q_dtype, kv_dtype, layout, num_rows",
+        ),
         ([{"when": {}, "BLOCK_K": 1} | ROW], r"keys must be among .* got \['BLOCK_K'\]"),
         ([{"when": {}} | ROW | {"BLOCK_M": 24}], "BLOCK_M must be a power of two >= 16, got 24"),
         ([{"when": {}} | ROW | {"BLOCK_N": 8}], "BLOCK_N must be a power of two >= 16, got 8"),
@@ -82,10 +108,11 @@ def test_rows_count_query_tokens_unless_batch_invariant(table):
         ([{"when": {}} | ROW | {"num_warps": "4"}], "row 0: .*num_warps must be .* got '4'"),
         ([{"when": {"num_rows": {"mx": 3}}} | ROW], "row 0: `when` num_rows must be .* a range"),
         ([{"when": {"q_dtype": {"max": 3}}} | ROW], "row 0: `when` q_dtype must be .* a range"),
+        ([{"when": {"layout": {"min": 3}}} | ROW], "row 0: `when` layout must be .* a range"),
     ],
     ids=[
         *("empty", "no-default", "no-when", "condition", "key", "odd", "small", "missing"),
-        *("zero", "text", "range", "words"),
+        *("zero", "text", "range", "words", "layout"),
     ],
 )
 def test_mistakes_in_a_table(table, rows, message):

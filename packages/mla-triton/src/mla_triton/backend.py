@@ -17,16 +17,20 @@ _INTERPRETED = Verified(
     "cpu", "interpreted", "2026-11-21", "packages/mla-triton/tests/test_decode.py"
 )
 _RAN = Verified("sm90", "ran", "2026-11-21", "benchmarks/results/sm90/tests_gpu.log")
-_EMULATED = tuple(
+_COMPILED = Verified("sm90", "compiled", "2026-11-21", "packages/mla-triton/tests/test_aot.py")
+_GFX942, _GFX950 = (
     Verified(arch, "emulated", "2026-11-21", "packages/mla-triton/tests/test_emulated.py")
     for arch in ("gfx942", "gfx950")
 )
+_FEATURES = frozenset({"lse", "non_causal", "window", "softcap", "sink", "batch_invariant"})
+_CP_FEATURES = _FEATURES | {"cp_round_robin"}
+_FLOATS = frozenset({"bf16", "fp16", "fp32"})
 _DECODE = Capability(
     op="decode",
     kernel="flash_decode",
     archs=GPU_ARCHS,
-    q_dtypes=frozenset({"bf16", "fp16", "fp32"}),
-    kv_dtypes=frozenset({"bf16", "fp16", "fp32"}),
+    q_dtypes=_FLOATS,
+    kv_dtypes=_FLOATS,
     same_dtypes=True,
     layouts=frozenset({"standard"}),
     # Larger pages would overflow the 32-bit offsets of tokens inside one.
@@ -34,13 +38,34 @@ _DECODE = Capability(
     num_heads=range(1, 129),
     kv_lora_ranks=range(32, 1025, 32),
     rope_dims=range(0, 129, 2),
-    features=frozenset({"lse", "non_causal", "window", "softcap", "sink", "batch_invariant"}),
-    verified=(_RAN, *_EMULATED),
+    features=_FEATURES,
+    verified=(_RAN, _GFX942, _GFX950),
 )
-# The interpreter takes seconds where torch takes milliseconds: tests name it.
-_INTERPRETED_DECODE = replace(
-    _DECODE, archs=frozenset({"cpu"}), automatic=False, verified=(_INTERPRETED,)
+_DECODE_CP = replace(_DECODE, features=_CP_FEATURES, verified=(_COMPILED, _GFX942, _GFX950))
+_DECODE_FP8 = replace(
+    _DECODE,
+    archs=GPU_ARCHS - {"gfx942"},
+    q_dtypes=_FLOATS | {"fp8_e4m3"},
+    kv_dtypes=frozenset({"fp8_e4m3"}),
+    same_dtypes=False,
+    features=_CP_FEATURES,
+    layouts=frozenset({"standard", "seg576", "seg644", "seg656", "ds656", "ds32"}),
+    verified=(_COMPILED, _GFX950),
 )
+# Each chip converts one flavour in an instruction; the other takes thousands, or does not compile.
+_DECODE_FNUZ = replace(
+    _DECODE_FP8,
+    archs=frozenset({"gfx942"}),
+    q_dtypes=_FLOATS | {"fp8_e4m3fnuz"},
+    kv_dtypes=frozenset({"fp8_e4m3fnuz"}),
+    verified=(_GFX942,),
+)
+_GPU_ROWS = (_DECODE, _DECODE_CP, _DECODE_FP8, _DECODE_FNUZ)
+
+
+def _in_interpreter(row: Capability) -> Capability:
+    """Return the row for a CPU; the interpreter takes seconds, so only those who name it get it."""
+    return replace(row, archs=frozenset({"cpu"}), automatic=False, verified=(_INTERPRETED,))
 
 
 def probe(arch: str) -> None:
@@ -67,5 +92,5 @@ BACKEND = Backend(
         "plan_decode": "mla_triton.decode:plan_decode",
         "decode": "mla_triton.decode:decode",
     },
-    capabilities=(_DECODE, _INTERPRETED_DECODE),
+    capabilities=(*_GPU_ROWS, *map(_in_interpreter, _GPU_ROWS)),
 )

@@ -1,4 +1,4 @@
-"""Dense decode over standard caches: plan, then launch the kernel and the merge."""
+"""Dense decode over paged caches: plan, then launch the kernel and the merge."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from mla_core.batch import PagedKV
+from mla_core.cache import LatentCache
 from mla_core.errors import UnsupportedProblemError
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule, allocate_workspace
 from mla_core.reduce import reduce_partials
@@ -98,12 +99,8 @@ def decode(
     Reads every length on the device: no sync and no allocation, so a captured graph replays with
     other lengths. Query rows past ``qo_indptr[-1]`` are left as they are, or hold leftovers.
     """
-    # fp8 queries and context parallelism are not among the backend's capabilities.
-    assert q_scale is None
-    assert global_kv_lens is None
     num_splits = plan.num_kv_splits
-    rows = kv.cache.rows()
-    kv_c, k_pe = rows.split((plan.dims.kv_lora_rank, plan.dims.qk_rope_head_dim), dim=-1)
+    cache = kv.cache
     if num_splits == 1:
         target, target_lse = out[:, None], None if lse is None else lse[:, None]
     else:
@@ -111,14 +108,17 @@ def decode(
     launch_decode(
         ql_nope,
         q_pe,
-        kv_c,
-        k_pe,
+        cache.field("kv_c"),
+        cache.field("k_pe"),
         plan.qo_indptr,
         kv.kv_indptr,
         kv.kv_page_indices,
         kv.kv_last_page_len,
         out=target,
         lse=target_lse,
+        kv_scale=scales_of(cache),
+        q_scale=q_scale,
+        global_kv_lens=global_kv_lens,
         sink=sink if num_splits == 1 else None,
         sm_scale=sm_scale,
         max_seqlen_q=plan.request.max_seqlen_q,
@@ -148,6 +148,9 @@ def launch_decode(
     *,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    kv_scale: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
+    global_kv_lens: torch.Tensor | None = None,
     sink: torch.Tensor | None,
     sm_scale: float,
     max_seqlen_q: int,
@@ -163,6 +166,11 @@ def launch_decode(
     out : [total_q, num_kv_splits, num_heads, kv_lora_rank]
         The result when there is one split, else fp32 partials.
     lse : [total_q, num_kv_splits, num_heads], fp32, or None
+    kv_scale : [1] or [num_pages, page_size, groups], fp32, or uint8 for E8M0, or None
+        One factor for ``kv_c`` and ``k_pe``, or one for each group of a token's latent.
+    q_scale : [1], fp32, or None
+    global_kv_lens : [batch_size], int32, or None
+        For context parallelism, as ``options`` says.
     """
     # Imported at the first launch: Triton costs a second and may be absent.
     from mla_triton.kernels.decode import decode_kernel
@@ -174,6 +182,8 @@ def launch_decode(
     if not batch_size or not num_rows or not out.numel():
         return
     config = schedule.config
+    block_d = _power_of_two(kv_lora_rank)
+    scale_group, scale_strides = scale_group_of(kv_scale, kv_lora_rank, block_d)
     grid = (-(-num_rows // config["BLOCK_M"]), schedule.num_kv_splits, batch_size)
     unused = kv_indptr
     decode_kernel[grid](
@@ -183,14 +193,19 @@ def launch_decode(
         q_pe,
         kv_c,
         k_pe,
+        unused if kv_scale is None else kv_scale,
+        unused if q_scale is None else q_scale,
         qo_indptr,
         kv_indptr,
         kv_page_indices,
         kv_last_page_len,
+        unused if global_kv_lens is None else global_kv_lens,
         unused if sink is None else sink,
         sm_scale * math.log2(math.e),
         options.softcap,
         options.window or 0,
+        options.cp_world_size,
+        options.cp_rank,
         num_heads,
         num_pages,
         *out.stride()[:3],
@@ -199,18 +214,45 @@ def launch_decode(
         *q_pe.stride()[:2],
         *kv_c.stride()[:2],
         *k_pe.stride()[:2],
+        *scale_strides,
         D=kv_lora_rank,
         R=q_pe.shape[-1],
-        BLOCK_D=_power_of_two(kv_lora_rank),
+        BLOCK_D=block_d,
         BLOCK_R=_power_of_two(q_pe.shape[-1]),
         PAGE_SIZE=page_size,
+        # Triton finds out by itself whether strides are multiples of 16.
+        ROPE_ALIGN=math.gcd(8, *k_pe.stride()[:2]),
+        SCALE_GROUP=scale_group,
+        HAS_KV_SCALE=kv_scale is not None and not scale_group,
+        HAS_Q_SCALE=q_scale is not None,
         IS_CAUSAL=options.causal,
+        HAS_CP=options.cp_world_size > 1,
         HAS_LSE=lse is not None,
         HAS_SINK=sink is not None,
         HAS_SOFTCAP=options.softcap > 0,
         HAS_WINDOW=options.window is not None,
         **config,
     )
+
+
+def scales_of(cache: LatentCache) -> torch.Tensor | None:
+    """Return the scales a kernel reads: one for the cache, those in its pages, or none."""
+    kind = cache.layout.scale_kind
+    return cache.scale if kind in ("none", "per_tensor") else cache.field("kv_c_scale")
+
+
+def scale_group_of(
+    kv_scale: torch.Tensor | None, kv_lora_rank: int, block_d: int
+) -> tuple[int, tuple[int, int]]:
+    """Return how many latent elements share a scale in the page, and its page and token strides.
+
+    The group is 0 when there are no scales in the page. One scale per token covers the padding of
+    the latent to ``block_d`` as well.
+    """
+    if kv_scale is None or kv_scale.ndim == 1:
+        return 0, (0, 0)
+    groups = kv_scale.shape[-1]
+    return block_d if groups == 1 else kv_lora_rank // groups, kv_scale.stride()[:2]
 
 
 def _splitting(request: PlanRequest, config: tuning.DecodeConfig) -> tuple[int, int, str]:

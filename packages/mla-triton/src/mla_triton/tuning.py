@@ -18,7 +18,8 @@ from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.plan import PlanRequest
 
 _PACKAGED = Path(__file__).parent / "configs"
-_CONDITIONS = ("q_dtype", "num_rows", "kv_lora_rank", "page_size")
+_CONDITIONS = ("q_dtype", "kv_dtype", "layout", "num_rows", "kv_lora_rank", "page_size")
+_WORDS = ("q_dtype", "kv_dtype", "layout")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,8 @@ def choose(request: PlanRequest) -> DecodeConfig:
     q_len = 1 if "batch_invariant" in problem.features else max(request.max_seqlen_q, 1)
     asked = {
         "q_dtype": problem.q_dtype,
+        "kv_dtype": problem.kv_dtype,
+        "layout": problem.layout,
         "num_rows": problem.dims.num_heads * q_len,
         "kv_lora_rank": problem.dims.kv_lora_rank,
         "page_size": problem.page_size,
@@ -127,7 +130,7 @@ def _parse(where: str, listed: Mapping[str, object]) -> _Row:
             f"{where}: `when` must use {', '.join(_CONDITIONS)}, got {', '.join(unknown)}"
         )
     for name, wanted in when.items():
-        if isinstance(wanted, dict) and (name == "q_dtype" or wanted.keys() - {"min", "max"}):
+        if isinstance(wanted, dict) and (name in _WORDS or wanted.keys() - {"min", "max"}):
             raise LayoutError(
                 f"{where}: `when` {name} must be a value, a list or, for numbers, a range of min "
                 f"and max, got {wanted}"

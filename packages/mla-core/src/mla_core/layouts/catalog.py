@@ -39,6 +39,23 @@ def _seg644(name: str, dtype: str) -> Layout:
     return Layout(name, "seg644", summary, latent, _BF16, arrange.segmented)
 
 
+def _ds656(name: str, dtype: str) -> Layout:
+    summary = f"FlashMLA's 656 bytes per token: 512 {dtype}, 4 fp32 scales per 128, 64 bf16"
+    latent = GroupScaled(dtype, 128)
+    return Layout(name, "ds656", summary, latent, _BF16, arrange.interleaved, rank_multiple=128)
+
+
+def _seg576(name: str, dtype: str) -> Layout:
+    summary = f"byte page: {dtype} latents, then ropes, one scale for all"
+    codec = PerTensor(dtype)
+    return Layout(name, "seg576", summary, codec, codec, arrange.segmented)
+
+
+def _ds32(name: str, dtype: str) -> Layout:
+    summary = f"separate arrays: {dtype} latents, bf16 ropes, E8M0 scales per 32"
+    return Layout(name, "ds32", summary, GroupScaled(dtype, 32, e8m0=True), _BF16, arrange.separate)
+
+
 def _shuffled(name: str, codec: Cast | PerTensor) -> Layout:
     summary = f"{codec.dtype} in 16-token tiles of 16-byte lanes, latent region then rope region"
     return Layout(
@@ -80,31 +97,12 @@ ALL: dict[str, Layout] = {
         _seg656("fp8_seg656_fnuz", _FNUZ),
         _seg644("fp8_seg644", _OCP),
         _seg644("fp8_seg644_fnuz", _FNUZ),
-        Layout(
-            "fp8_ds656",
-            "ds656",
-            "FlashMLA's 656 bytes per token: 512 fp8, 4 fp32 scales per 128, 64 bf16",
-            GroupScaled(_OCP, 128),
-            _BF16,
-            arrange.interleaved,
-            rank_multiple=128,
-        ),
-        Layout(
-            "fp8_seg576",
-            "seg576",
-            "byte page: fp8 latents, then fp8 ropes, one scale for all",
-            PerTensor(_OCP),
-            PerTensor(_OCP),
-            arrange.segmented,
-        ),
-        Layout(
-            "fp8_ds32",
-            "ds32",
-            "separate arrays: fp8 latents, bf16 ropes, E8M0 scales per 32",
-            GroupScaled(_OCP, 32, e8m0=True),
-            _BF16,
-            arrange.separate,
-        ),
+        _ds656("fp8_ds656", _OCP),
+        _ds656("fp8_ds656_fnuz", _FNUZ),
+        _seg576("fp8_seg576", _OCP),
+        _seg576("fp8_seg576_fnuz", _FNUZ),
+        _ds32("fp8_ds32", _OCP),
+        _ds32("fp8_ds32_fnuz", _FNUZ),
         Layout(
             "v4_nm",
             "v4_nm",

@@ -1,12 +1,13 @@
 """Make Triton's CPU interpreter compute what a GPU computes.
 
-``TRITON_INTERPRET=1`` runs kernels on CPU tensors, but Triton 3.6 to 3.9 get three things wrong:
+``TRITON_INTERPRET=1`` runs kernels on CPU tensors, but Triton 3.6 to 3.9 get four things wrong:
 
 - ``tl.dot`` on bf16 or fp8 operands multiplies their raw bit patterns;
 - casts to bf16 and fp8 truncate instead of rounding to the nearest even value;
+- pointers to fnuz flavours of fp8 are refused, although their numbers convert;
 - ``triton.autotune`` with two or more configurations asks for a GPU driver.
 
-`enable` switches the interpreter on and repairs these. The first two patches replace private
+`enable` switches the interpreter on and repairs these. The first three patches replace private
 functions of ``triton.runtime.interpreter``; when a release renames them, `enable` raises and names
 the release. What stays wrong is bf16 arithmetic other than ``tl.dot``: kernels convert with
 ``.to(tl.float32)`` right after a load.
@@ -58,6 +59,7 @@ def enable() -> None:
     _require_loops(triton.__version__)
     _patch(interpreter.InterpreterBuilder, "create_dot", _dot_on_values)
     _patch(interpreter, "_convert_float", _convert_to_nearest)
+    _patch(interpreter, "_patch_lang_core", _with_fnuz_types)
     if not callable(getattr(driver, "set_active", None)):
         raise _moved("triton.runtime.driver.set_active")
     driver.set_active(_HostDriver())
@@ -143,6 +145,24 @@ def _convert_to_nearest(upstream: Callable[..., Any]) -> Callable[..., Any]:
         return value.to(result).view(bits).numpy()
 
     return convert_float
+
+
+def _with_fnuz_types(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the types that the interpreter's dtype table forgets to what it installs for a launch."""
+
+    def patch_lang_core(lang: Any, *rest: Any) -> None:
+        upstream(lang, *rest)
+        known = lang.dtype.to_ir
+
+        def to_ir(self: Any, builder: Any) -> Any:
+            if self.name == "fp8e4b8":
+                return builder.get_fp8e4b8_ty()
+            return builder.get_fp8e5b16_ty() if self.name == "fp8e5b16" else known(self, builder)
+
+        # Upstream has just set it, and takes it back after the launch.
+        lang.dtype.to_ir = to_ir
+
+    return patch_lang_core
 
 
 def _as_torch(data: Any, dtype: torch.dtype) -> torch.Tensor:

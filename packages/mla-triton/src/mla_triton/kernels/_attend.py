@@ -2,6 +2,12 @@
 
 A kernel locates its rows and its range, then calls `load_queries`, `attend`, `normalise` and
 `store_rows`. What a row may see is a range of local tokens, ``[low, high)``.
+
+Matrix products take the dtype of the queries, or bf16 for fp8 queries, which holds every fp8 value.
+Cached fp8 numbers are brought to it exactly; their scale is applied to the scores and the result
+when there is one for the whole cache, else to the numbers, in fp32 before they are rounded: each
+latent element is then off by 2**-9 of itself in bf16 and 2**-12 in fp16, as in a cache of that
+dtype. With fp16 queries, latents and rotary keys must lie within fp16's range.
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ def load_queries(
 ):
     """Return ql_nope [M, BLOCK_D] and q_pe [M, BLOCK_R]; rows and columns past the end are zeros.
 
-    Without rope the second is a stand-in that nothing reads.
+    fp8 becomes bf16. Without rope the second is a stand-in that nothing reads.
     """
     d = tl.arange(0, BLOCK_D)
     ql_nope = tl.load(
@@ -46,7 +52,65 @@ def load_queries(
             mask=is_row[:, None] & (r < R)[None, :],
             other=0.0,
         )
+    if ql_nope_ptr.dtype.element_ty.primitive_bitwidth == 8:
+        ql_nope = ql_nope.to(tl.bfloat16)
+        q_pe = q_pe.to(tl.bfloat16)
     return ql_nope, q_pe
+
+
+@triton.jit
+def load_latents(
+    kv_c_ptr,  # [num_cache_pages, PAGE_SIZE, D]
+    kv_scale_ptr,  # [num_cache_pages, PAGE_SIZE, D / SCALE_GROUP] f32 or E8M0; unused without
+    page,  # [N] i64
+    offset,  # [N] i32, token in the page
+    is_live,  # [N] i1
+    kv_c_stride_p,  # elements
+    kv_c_stride_t,
+    kv_scale_stride_p,
+    kv_scale_stride_t,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCALE_GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Return latents [N, BLOCK_D] of DTYPE, zeros for dead tokens, group scales applied."""
+    d = tl.arange(0, BLOCK_D)
+    kv_c = tl.load(
+        kv_c_ptr + (page * kv_c_stride_p + offset * kv_c_stride_t)[:, None] + d[None, :],
+        mask=is_live[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    if kv_c_ptr.dtype.element_ty.primitive_bitwidth == 8:
+        # By way of fp32: compilers turn fp8 into bf16 with far more instructions.
+        kv_c = kv_c.to(tl.float32)
+    if SCALE_GROUP > 0:
+        GROUPS: tl.constexpr = BLOCK_D // SCALE_GROUP
+        g = tl.arange(0, GROUPS)
+        scale = tl.load(
+            kv_scale_ptr
+            + (page * kv_scale_stride_p + offset * kv_scale_stride_t)[:, None]
+            + g[None, :],
+            mask=is_live[:, None] & (g < tl.cdiv(D, SCALE_GROUP))[None, :],
+            other=0,
+        )
+        scale = scale_value(scale)
+        groups = tl.reshape(kv_c, [BLOCK_N, GROUPS, SCALE_GROUP])
+        kv_c = tl.reshape(groups * scale[:, :, None], [BLOCK_N, BLOCK_D])
+    return kv_c.to(DTYPE)
+
+
+@triton.jit
+def scale_value(scale):
+    """Return scales as fp32: as they are, or ``2 ** (byte - 127)`` for E8M0 bytes; 255 is NaN."""
+    if scale.dtype == tl.uint8:
+        exponent = scale.to(tl.int32)
+        bits = tl.where(exponent == 0, 0x00400000, exponent << 23)
+        bits = tl.where(exponent == 255, 0x7FC00000, bits)
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return scale
 
 
 @triton.jit
@@ -61,12 +125,16 @@ def attend(
     page_begin,
     kv_c_ptr,  # [num_cache_pages, PAGE_SIZE, D]
     k_pe_ptr,  # [num_cache_pages, PAGE_SIZE, R]
+    kv_scale_ptr,  # [1] f32, or as in `load_latents`; unused without either
+    q_scale_ptr,  # [1] f32; unused without HAS_Q_SCALE
     kv_page_indices_ptr,  # [>= kv_indptr[-1]] i32
     num_cache_pages,
     kv_c_stride_p,  # elements
     kv_c_stride_t,
     k_pe_stride_p,
     k_pe_stride_t,
+    kv_scale_stride_p,  # unused without SCALE_GROUP
+    kv_scale_stride_t,
     sm_scale_log2,  # sm_scale * log2(e)
     softcap,  # unused without HAS_SOFTCAP
     D: tl.constexpr,
@@ -76,6 +144,10 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    ROPE_ALIGN: tl.constexpr,  # a common divisor of the strides of k_pe
+    SCALE_GROUP: tl.constexpr,  # neighbours that share a scale in the cache; 0 for none there
+    HAS_KV_SCALE: tl.constexpr,  # one scale for latents and rotary keys of the whole cache
+    HAS_Q_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
@@ -84,7 +156,15 @@ def attend(
     ``acc / denom`` is the attention output, ``m + log2(denom)`` its log-sum-exp in base 2. Rows
     that see nothing have 0, -inf and 0.
     """
-    d = tl.arange(0, BLOCK_D)
+    DTYPE: tl.constexpr = ql_nope.dtype
+    if HAS_Q_SCALE:
+        sm_scale_log2 *= tl.load(q_scale_ptr)
+    if HAS_KV_SCALE:
+        kv_scale = tl.load(kv_scale_ptr)
+        sm_scale_log2 *= kv_scale
+    # No change, but the compiler then knows how wide it may load.
+    k_pe_stride_p = k_pe_stride_p // ROPE_ALIGN * ROPE_ALIGN
+    k_pe_stride_t = k_pe_stride_t // ROPE_ALIGN * ROPE_ALIGN
     r = tl.arange(0, BLOCK_R)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     denom = tl.zeros([BLOCK_M], tl.float32)
@@ -96,11 +176,22 @@ def attend(
         )
         if HAS_WINDOW:
             is_live = is_live & (token >= lowest)
-        kv_c = tl.load(
-            kv_c_ptr + (page * kv_c_stride_p + offset * kv_c_stride_t)[:, None] + d[None, :],
-            mask=is_live[:, None] & (d < D)[None, :],
-            other=0.0,
-        )  # [N, D]
+        kv_c = load_latents(
+            kv_c_ptr,
+            kv_scale_ptr,
+            page,
+            offset,
+            is_live,
+            kv_c_stride_p,
+            kv_c_stride_t,
+            kv_scale_stride_p,
+            kv_scale_stride_t,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            SCALE_GROUP,
+            DTYPE,
+        )
         s = tl.dot(ql_nope, tl.trans(kv_c), input_precision="ieee")  # [M, N]
         if R > 0:
             k_pe = tl.load(
@@ -108,7 +199,9 @@ def attend(
                 mask=is_live[:, None] & (r < R)[None, :],
                 other=0.0,
             )  # [N, R]
-            s = tl.dot(q_pe, tl.trans(k_pe), s, input_precision="ieee")
+            if k_pe_ptr.dtype.element_ty.primitive_bitwidth == 8:
+                k_pe = k_pe.to(tl.float32)
+            s = tl.dot(q_pe, tl.trans(k_pe.to(DTYPE)), s, input_precision="ieee")
         s = scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP)
         is_seen = is_live[None, :] & (token[None, :] < high[:, None])
         if HAS_WINDOW:
@@ -120,8 +213,10 @@ def attend(
         p = tl.exp2(s - m_safe[:, None])
         alpha = tl.exp2(m - m_safe)
         denom = denom * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(kv_c.dtype), kv_c, acc * alpha[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(DTYPE), kv_c, acc * alpha[:, None], input_precision="ieee")
         m = m_new
+    if HAS_KV_SCALE:
+        acc *= kv_scale
     return acc, m, denom
 
 

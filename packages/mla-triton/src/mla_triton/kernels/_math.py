@@ -51,32 +51,45 @@ def split_range(
 
 
 @triton.jit
-def query_rows(
-    row_block,
-    q_len,
-    kv_len,
-    num_heads,
-    window,  # unused without HAS_WINDOW
-    BLOCK_M: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    """Return for each row its query token, head, existence and the tokens [low, high) it sees.
-
-    Causality is bottom-right aligned: the last query token sees every key. ``high`` may be
-    negative, and ``low`` below 0. A row that does not exist sees nothing and widens no range.
-    """
+def query_rows(row_block, q_len, num_heads, BLOCK_M: tl.constexpr):
+    """Return the query token of the request, the head and the existence of BLOCK_M rows."""
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     q_idx = row // num_heads
     head = (row % num_heads).to(tl.int64)  # its stride may be that of many tokens
-    is_row = q_idx < q_len
-    high = tl.zeros([BLOCK_M], tl.int32) + kv_len
+    return q_idx, head, q_idx < q_len
+
+
+@triton.jit
+def seen_tokens(
+    q_idx,  # [M] i32, query token of each row
+    is_row,  # [M] i1
+    q_len,
+    kv_len,
+    global_len,  # keys over all context-parallel ranks; kv_len without HAS_CP
+    cp_world_size,  # unused without HAS_CP
+    cp_rank,
+    window,  # unused without HAS_WINDOW
+    IS_CAUSAL: tl.constexpr,
+    HAS_CP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Return the cached tokens [low, high) that each row sees; ``low`` only with HAS_WINDOW.
+
+    Causality is bottom-right aligned: the last query token sees every key. With HAS_CP, local token
+    ``j`` has the position ``j * cp_world_size + cp_rank``, so positions below ``p`` are the local
+    tokens below ``ceil((p - cp_rank) / cp_world_size)``. Either bound may lie outside the cached
+    tokens. A row that does not exist sees nothing and widens no range.
+    """
+    high = tl.zeros_like(q_idx) + global_len
     if IS_CAUSAL:
-        high = kv_len - (q_len - 1 - q_idx)
-    low = tl.zeros([BLOCK_M], tl.int32)
-    if HAS_WINDOW:
-        low = tl.where(is_row, high - window, kv_len)
-    return q_idx, head, is_row, low, tl.where(is_row, high, 0)
+        high = global_len - (q_len - 1 - q_idx)
+    low = high - window
+    if HAS_CP:
+        # Division rounds towards zero, which is down for these.
+        high = tl.maximum(high - cp_rank + cp_world_size - 1, 0) // cp_world_size
+        high = tl.minimum(high, kv_len)
+        low = tl.maximum(low - cp_rank + cp_world_size - 1, 0) // cp_world_size
+    return tl.where(is_row, low, kv_len), tl.where(is_row, high, 0)
 
 
 @triton.jit

@@ -12,7 +12,13 @@ import triton
 from triton import language as tl
 
 from mla_triton.kernels._attend import attend, load_queries, normalise, store_rows
-from mla_triton.kernels._math import query_rows, request_bounds, seen_range, split_range
+from mla_triton.kernels._math import (
+    query_rows,
+    request_bounds,
+    seen_range,
+    seen_tokens,
+    split_range,
+)
 
 
 @triton.jit(
@@ -20,6 +26,8 @@ from mla_triton.kernels._math import query_rows, request_bounds, seen_range, spl
         "num_heads",
         "num_cache_pages",
         "window",
+        "cp_world_size",
+        "cp_rank",
         "lse_stride_t",
         "lse_stride_s",
         "lse_stride_h",
@@ -32,14 +40,19 @@ def decode_kernel(
     q_pe_ptr,  # [total_q, num_heads, R]
     kv_c_ptr,  # [num_cache_pages, PAGE_SIZE, D]
     k_pe_ptr,  # [num_cache_pages, PAGE_SIZE, R]
+    kv_scale_ptr,  # [1] f32, or one row per token; see `attend`
+    q_scale_ptr,  # [1] f32; unused without HAS_Q_SCALE
     qo_indptr_ptr,  # [batch_size + 1] i32
     kv_indptr_ptr,  # [batch_size + 1] i32, pages
     kv_page_indices_ptr,  # [>= kv_indptr[-1]] i32
     kv_last_page_len_ptr,  # [batch_size] i32
+    global_kv_lens_ptr,  # [batch_size] i32; unused without HAS_CP
     sink_ptr,  # [num_heads] f32; unused without HAS_SINK
     sm_scale_log2,  # sm_scale * log2(e)
     softcap,  # unused without HAS_SOFTCAP
     window,  # unused without HAS_WINDOW
+    cp_world_size,  # unused without HAS_CP
+    cp_rank,
     num_heads,
     num_cache_pages,
     out_stride_t,  # elements
@@ -56,6 +69,8 @@ def decode_kernel(
     kv_c_stride_t,
     k_pe_stride_p,
     k_pe_stride_t,
+    kv_scale_stride_p,
+    kv_scale_stride_t,
     split_blocks,  # length of a split, in blocks of BLOCK_N tokens
     D: tl.constexpr,  # kv_lora_rank
     R: tl.constexpr,  # qk_rope_head_dim
@@ -64,7 +79,12 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    ROPE_ALIGN: tl.constexpr,  # from here to HAS_Q_SCALE, and the sizes above: see `attend`
+    SCALE_GROUP: tl.constexpr,
+    HAS_KV_SCALE: tl.constexpr,
+    HAS_Q_SCALE: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    HAS_CP: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -78,8 +98,22 @@ def decode_kernel(
     )
     if tl.program_id(0) * BLOCK_M >= q_len * num_heads:
         return
-    q_idx, head, is_row, low, high = query_rows(
-        tl.program_id(0), q_len, kv_len, num_heads, window, BLOCK_M, IS_CAUSAL, HAS_WINDOW
+    global_len = kv_len
+    if HAS_CP:
+        global_len = tl.load(global_kv_lens_ptr + tl.program_id(2))
+    q_idx, head, is_row = query_rows(tl.program_id(0), q_len, num_heads, BLOCK_M)
+    low, high = seen_tokens(
+        q_idx,
+        is_row,
+        q_len,
+        kv_len,
+        global_len,
+        cp_world_size,
+        cp_rank,
+        window,
+        IS_CAUSAL,
+        HAS_CP,
+        HAS_WINDOW,
     )
     begin, end = split_range(kv_len, split, tl.num_programs(1), split_blocks, BLOCK_N)
     begin, end, lowest = seen_range(begin, end, low, high, BLOCK_N, HAS_WINDOW)
@@ -114,12 +148,16 @@ def decode_kernel(
         page_begin,
         kv_c_ptr,
         k_pe_ptr,
+        kv_scale_ptr,
+        q_scale_ptr,
         kv_page_indices_ptr,
         num_cache_pages,
         kv_c_stride_p,
         kv_c_stride_t,
         k_pe_stride_p,
         k_pe_stride_t,
+        kv_scale_stride_p,
+        kv_scale_stride_t,
         sm_scale_log2,
         softcap,
         D,
@@ -129,6 +167,10 @@ def decode_kernel(
         BLOCK_M,
         BLOCK_N,
         PAGE_SIZE,
+        ROPE_ALIGN,
+        SCALE_GROUP,
+        HAS_KV_SCALE,
+        HAS_Q_SCALE,
         HAS_SOFTCAP,
         HAS_WINDOW,
     )
