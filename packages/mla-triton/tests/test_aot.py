@@ -23,20 +23,46 @@ SHARED_KIB = {"sm90": 227, "gfx942": 64, "gfx950": 160}
 SCRIPT = Path(__file__).with_name("aot_compile.py")
 
 
+#: What Triton calls the fp8 flavours, and how the layouts scale them.
+FP8 = {"fp8_e4m3": "fp8e4nv", "fp8_e4m3fnuz": "fp8e4b8"}
+SCALES = {
+    "standard": "tensor",
+    "seg576": "tensor",
+    "seg644": "token",
+    "seg656": "group128",
+    "ds656": "group128",
+    "ds32": "group32",
+}
+
+
+def jobs_of(when):
+    """Return the dtypes, scales and page sizes to compile a row of the tuning table for."""
+    if "kv_dtype" in when:
+        kv_dtype = FP8[when["kv_dtype"]]
+        q_dtypes = ["fp32"] if when.get("q_dtype") == "fp32" else ["bf16", kv_dtype]
+        scales = sorted({SCALES[layout] for layout in when.get("layout", SCALES)})
+        # Every scale with the first dtype, and the other dtype once.
+        chosen = [(q_dtypes[0], each) for each in scales] + [(q, scales[0]) for q in q_dtypes[1:]]
+        return [(q_dtype, kv_dtype, each, 64) for q_dtype, each in chosen]
+    dtype = "fp32" if when.get("q_dtype") == "fp32" else "bf16"
+    return [(dtype, dtype, "none", page_size) for page_size in (1, 64)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", sorted(GPU_ARCHS))
 def test_every_configuration_compiles(arch):
     rows = tuning._table(Path(tuning.__file__).parent / "configs" / arch / "decode.json")
     jobs = []
     for row in rows:
-        dtype = "fp32" if row.when.get("q_dtype") == "fp32" else "bf16"
         widest = row.when.get("kv_lora_rank", {"max": 1024})["max"]
-        for page_size in (1, 64):
+        for q_dtype, kv_dtype, scales, page_size in jobs_of(row.when):
             jobs.append(
                 {
                     "arch": arch,
                     "kernel": "decode",
-                    "dtype": dtype,
+                    "q_dtype": q_dtype,
+                    "kv_dtype": kv_dtype,
+                    "scales": scales,
                     "kv_lora_rank": widest,
                     "page_size": page_size,
                     **row.config.launch,
@@ -58,5 +84,5 @@ def test_every_configuration_compiles(arch):
         print(job, result)
         assert result["shared"] <= SHARED_KIB[arch] * 1024, job
         assert result["is_binary"], job
-        if job.get("dtype") == "bf16":
+        if job.get("q_dtype", "fp32") != "fp32":
             assert result["matrix_instructions"] > 0, job

@@ -14,7 +14,11 @@ from mla_core.problem import Problem
 from mla_core.registry import record
 from mla_triton import backend
 
-GPU_ROW, CPU_ROW = backend.BACKEND.capabilities
+ROWS = backend.BACKEND.capabilities
+GPU_ROWS = [row for row in ROWS if "cpu" not in row.archs]
+CPU_ROWS = [row for row in ROWS if "cpu" in row.archs]
+FP8 = {"kv_dtype": "fp8_e4m3"}
+FNUZ = {"kv_dtype": "fp8_e4m3fnuz"}
 
 
 def problem(**changes):
@@ -34,9 +38,13 @@ def test_descriptor_loads_no_triton():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def is_accepted(rows, asked):
+    return any(not row.why_not(asked) for row in rows)
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_known_models(name):
-    reasons = GPU_ROW.why_not(problem(dims=MODELS[name]))
+    reasons = GPU_ROWS[0].why_not(problem(dims=MODELS[name]))
     expected = ["value_includes_rope=True (needs False)"] if "v4" in name else []
     assert reasons == expected
 
@@ -44,26 +52,46 @@ def test_known_models(name):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"kv_dtype": "fp8_e4m3"}, "kv_dtype=fp8_e4m3 (needs bf16, fp16, fp32)"),
+        ({"kv_dtype": "fp8_e5m2"}, "kv_dtype=fp8_e5m2 (needs bf16, fp16, fp32)"),
         ({"q_dtype": "fp16"}, "q_dtype=fp16 (needs kv_dtype=bf16)"),
         ({"layout": "shuffled"}, "layout=shuffled (needs standard)"),
         ({"arch": "sm80"}, "arch=sm80 (needs gfx942, gfx950, sm90)"),
-        ({"features": frozenset({"cp_round_robin"})}, "feature cp_round_robin"),
+        ({"q_dtype": "fp8_e4m3"}, "q_dtype=fp8_e4m3 (needs bf16, fp16, fp32)"),
+        (FP8 | {"layout": "v4_584"}, "(needs ds32, ds656, seg576, seg644, seg656, standard)"),
+        (FP8 | {"arch": "gfx942"}, "arch=gfx942 (needs gfx950, sm90)"),
+        (FP8 | {"q_dtype": "fp8_e4m3fnuz"}, "(needs bf16, fp16, fp32, fp8_e4m3)"),
+        (FNUZ, "arch=sm90 (needs gfx942)"),
     ],
-    ids=["fp8", "mixed", "layout", "arch", "context-parallel"],
+    ids=["e5m2", "mixed", "layout", "arch", "q", "fp8-layout", "fp8-arch", "flavours", "fnuz-arch"],
 )
 def test_refuses(changes, reason):
-    assert any(reason in said for said in GPU_ROW.why_not(problem(**changes)))
+    asked = problem(**changes)
+    assert not is_accepted(GPU_ROWS, asked)
+    assert any(reason in said for row in GPU_ROWS for said in row.why_not(asked))
 
 
-def test_cpu_row_is_for_those_who_name_it():
-    assert not CPU_ROW.automatic
-    assert CPU_ROW.why_not(problem(arch="cpu")) == []
-    assert {proof.level for proof in CPU_ROW.verified} == {"interpreted"}
+@pytest.mark.parametrize("q_dtype", ["bf16", "fp16", "fp32", "fp8"])
+@pytest.mark.parametrize("layout", ["standard", "seg576", "seg644", "seg656", "ds656", "ds32"])
+@pytest.mark.parametrize(
+    ("arch", "kv_dtype"),
+    [("sm90", "fp8_e4m3"), ("gfx950", "fp8_e4m3"), ("gfx942", "fp8_e4m3fnuz")],
+)
+def test_accepts_fp8(arch, kv_dtype, layout, q_dtype):
+    q_dtype = kv_dtype if q_dtype == "fp8" else q_dtype
+    features = frozenset({"lse", "cp_round_robin", "window", "sink", "softcap", "batch_invariant"})
+    asked = problem(arch=arch, q_dtype=q_dtype, kv_dtype=kv_dtype, layout=layout, features=features)
+    assert is_accepted(GPU_ROWS, asked)
+
+
+def test_cpu_rows_are_for_those_who_name_them():
+    assert not any(row.automatic for row in CPU_ROWS)
+    assert CPU_ROWS[0].why_not(problem(arch="cpu")) == []
+    assert {proof.level for row in CPU_ROWS for proof in row.verified} == {"interpreted"}
 
 
 def test_every_architecture_has_evidence_and_a_table():
-    assert {proof.arch for proof in GPU_ROW.verified} == backend.GPU_ARCHS
+    for row in GPU_ROWS:
+        assert {proof.arch for proof in row.verified} == row.archs
     for arch in (*backend.GPU_ARCHS, "cpu"):
         assert (backend_folder() / "configs" / arch / "decode.json").is_file()
 

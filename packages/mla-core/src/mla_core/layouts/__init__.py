@@ -1,7 +1,7 @@
 """Cache layouts: the bytes of every known paged latent cache, as data.
 
 >>> get("fp8_ds656").summary
-"FlashMLA's 656 bytes per token: 512 fp8, 4 fp32 scales per 128, 64 bf16"
+"FlashMLA's 656 bytes per token: 512 fp8_e4m3, 4 fp32 scales per 128, 64 bf16"
 """
 
 from __future__ import annotations

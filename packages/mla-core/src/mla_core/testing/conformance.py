@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -80,6 +81,85 @@ def _rope_cases() -> Iterable[DecodeCase]:
     yield DecodeCase("rope_fp8_q", (70, 9), q_dtype="fp8_e4m3", layout="fp8", options=gptj)
     v4 = MLADims(8, 448, 64, 448, 512, value_includes_rope=True)
     yield DecodeCase("rope_v4", (70, 9), dims=v4, layout="v4_584", options=stored)
+
+
+def _format_cases() -> Iterable[DecodeCase]:
+    """Every fp8 format that a kernel reads in place: queries, widths, pages, heads, options."""
+    # The latent and the rotary part with different strides, scales of every kind.
+    plain = ("fp8_seg644", "fp8_ds656_fnuz", "fp8_seg656_fnuz", "fp8_seg576_fnuz")
+    for layout in (*plain, "fp8_seg644_fnuz", "fp8_ds32_fnuz"):
+        yield DecodeCase("quantised", (70, 9), layout=layout)
+    for layout in ("fp8_seg656", "fp8_ds656", "fp8_seg644", "fp8_seg576", "fp8_ds32"):
+        yield DecodeCase("fp8_queries", (70, 9), (2, 1), q_dtype="fp8_e4m3", layout=layout)
+    for layout in ("fp8_seg656_fnuz", "fp8_seg644_fnuz"):
+        yield DecodeCase("fp8_queries", (70, 9), (2, 1), q_dtype="fp8_e4m3fnuz", layout=layout)
+    for layout in ("fp8", "fp8_seg656", "fp8_ds656", "fp8_seg644", "fp8_ds32", "fp8_fnuz"):
+        yield DecodeCase("fp16_queries", (40, 9), dims=MLADims(3), q_dtype="fp16", layout=layout)
+    for layout in ("fp8", "fp8_ds656", "fp8_seg644", "fp8_ds32", "fp8_seg656_fnuz"):
+        yield DecodeCase("fp32_queries", (40, 9), dims=MLADims(3), q_dtype="fp32", layout=layout)
+    few, parts = MLADims(5), ("fp8_ds656", "fp8_seg656", "fp8_seg644", "fp8_ds32")
+    for layout in (*parts, "fp8_seg656_fnuz"):
+        yield DecodeCase("page_1", (37, 0, 5), dims=few, page_size=1, layout=layout)
+        yield DecodeCase("page_3", (37, 0, 5), (2, 1, 3), dims=few, page_size=3, layout=layout)
+        yield DecodeCase("page_64", (100, 65), dims=few, page_size=64, layout=layout, strided=True)
+        yield DecodeCase("hidden_page", (40, 60), dims=few, layout=layout, hidden_page=True)
+    narrow = MLADims(40, 256, 32, 64, 64)
+    for layout in ("fp8", *parts, "fp8_ds656_fnuz"):
+        yield DecodeCase("dims_256_32", (40, 9), dims=narrow, layout=layout)
+        yield DecodeCase("dims_512_0", (40, 9), dims=MLADims(8, 512, 0, 256, 256), layout=layout)
+        yield DecodeCase("dims_1024_64", (40, 9), dims=MLADims(8, 1024), layout=layout)
+    # Not a power of two: three groups of four.
+    for layout in ("fp8_ds656", "fp8_seg644", "fp8_ds32", "fp8_seg656_fnuz"):
+        yield DecodeCase("dims_384_64", (40, 9), dims=MLADims(2, 384), layout=layout)
+    for layout in ("fp8", "fp8_ds656", "fp8_seg644_fnuz"):
+        yield DecodeCase("long_queries", (40, 64), (40, 33), dims=MLADims(4, 256), layout=layout)
+        yield DecodeCase(
+            "everything",
+            (90, 33, 0, 5),
+            (3, 1, 2, 2),
+            dims=MLADims(3, 256),
+            layout=layout,
+            options=AttentionOptions(window=20, softcap=3.0),
+            has_sink=True,
+            num_kv_splits=3,
+        )
+
+
+def _context_parallel_cases() -> Iterable[DecodeCase]:
+    """Ranks that hold every W-th token, with every other mask, and ranks that see nothing."""
+
+    def options(world_size: int, rank: int, **others: Any) -> AttentionOptions:
+        return AttentionOptions(cp_world_size=world_size, cp_rank=rank, **others)
+
+    few = MLADims(3, 256)
+    lens, q_lens = (37, 0, 9, 1), (2, 1, 3, 4)
+    for world_size, rank in ((2, 0), (3, 2), (8, 7)):
+        named = options(world_size, rank, window=24)
+        yield DecodeCase("context_parallel_window", lens, q_lens, dims=few, options=named)
+    window_one = options(4, 1, window=1)
+    yield DecodeCase("context_parallel_window_one", lens, q_lens, dims=few, options=window_one)
+    for rank in (0, 3):
+        named = options(4, rank, causal=False)
+        yield DecodeCase("context_parallel_non_causal", lens, q_lens, dims=few, options=named)
+    yield DecodeCase("context_parallel_empty", (0, 0), (2, 1), dims=few, options=options(4, 3))
+    yield DecodeCase(
+        "context_parallel_long", (40, 20), (40, 33), dims=MLADims(4, 256), options=options(2, 1)
+    )
+    yield DecodeCase(
+        "context_parallel_splits",
+        (300, 0, 17),
+        (3, 1, 2),
+        dims=few,
+        options=options(2, 1, softcap=3.0, window=200),
+        has_sink=True,
+        num_kv_splits=4,
+    )
+    yield DecodeCase(
+        "context_parallel_page_1", lens, q_lens, dims=few, page_size=1, options=options(5, 4)
+    )
+    for layout in ("fp8_ds656", "fp8_seg644_fnuz"):
+        named = options(2, 1)
+        yield DecodeCase("context_parallel", lens, q_lens, dims=few, layout=layout, options=named)
 
 
 #: Lengths, pages, heads, dims, dtypes, layouts and options that have broken kernels somewhere.
@@ -157,6 +237,8 @@ DECODE_CASES: tuple[DecodeCase, ...] = _one_per_seed(
         DecodeCase("fp8_queries", (70, 9), q_dtype="fp8_e4m3", layout="fp8"),
         DecodeCase("fp8_queries", (70, 9), q_dtype="fp8_e4m3fnuz", layout="fp8_fnuz"),
         *_rope_cases(),
+        *_format_cases(),
+        *_context_parallel_cases(),
     ]
 )
 
