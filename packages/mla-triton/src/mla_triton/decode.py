@@ -9,6 +9,7 @@ import torch
 
 from mla_core.batch import PagedKV
 from mla_core.cache import LatentCache
+from mla_core.dtypes import itemsize
 from mla_core.errors import UnsupportedProblemError
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule, allocate_workspace
 from mla_core.reduce import reduce_partials
@@ -243,7 +244,7 @@ def scales_of(cache: LatentCache) -> torch.Tensor | None:
 
 def scale_group_of(
     kv_scale: torch.Tensor | None, kv_lora_rank: int, block_d: int
-) -> tuple[int, tuple[int, int]]:
+) -> tuple[int, tuple[int, ...]]:
     """Return how many latent elements share a scale in the page, and its page and token strides.
 
     The group is 0 when there are no scales in the page. One scale per token covers the padding of
@@ -266,8 +267,9 @@ def _splitting(request: PlanRequest, config: tuning.DecodeConfig) -> tuple[int, 
     row_blocks = -(-request.max_seqlen_q * dims.num_heads // config.BLOCK_M)
     num_programs = max(1, request.batch_size * row_blocks)
     multiprocessors = _multiprocessors(request.device_index)
-    # A loop step moves BLOCK_N cached rows of 2 bytes, a split of a row 4 bytes there and back.
-    step_bytes = multiprocessors * config.BLOCK_N * dims.latent_dim * 2
+    # A loop step moves BLOCK_N cached rows, a split of a row moves 4 bytes there and back.
+    row_bytes = dims.latent_dim * itemsize(request.problem.kv_dtype)
+    step_bytes = multiprocessors * config.BLOCK_N * row_bytes
     partial_bytes = request.total_q * dims.num_heads * dims.value_dim * 8
     # The index buffer may be over-allocated: it bounds the mean only from above.
     mean_tokens = request.total_pages * request.problem.page_size / max(1, request.batch_size)
