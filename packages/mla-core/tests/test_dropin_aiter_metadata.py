@@ -558,7 +558,7 @@ def plan_badly(**changes):
         ({"num_heads_k": 2}, "num_heads_k must be 1, got 2"),
         ({"mla_version": 2}, "mla_version must be 0 or 1, got 2"),
         ({"topk": 64, "fast_mode": False}, "topk must be negative without fast_mode, got 64"),
-        ({"page_size": 3}, "page_size must be a power of two"),
+        ({"page_size": 0}, "page_size must be >= 1, got 0"),
         ({"seqlens_kv_indptr": i32(5, 40, 100)}, "kv_indptr must"),
         ({"work_metadata_ptrs": torch.zeros(2, dtype=torch.int64)}, "work_metadata_ptrs must be"),
         ({"work_info_set": torch.zeros(1, 8, dtype=torch.int32)}, "work_info must be at least"),

@@ -22,6 +22,7 @@ from mla_core.metadata import (
     plan_v1_2_device,
     scratch_size,
 )
+from mla_core.metadata.tiling import HeadTiling
 
 pytestmark = pytest.mark.kernel
 
@@ -76,6 +77,7 @@ def _check_equal(q_lens, kv_lens, *, room=0, scratch=None, **options):
         kv_dtype=known.get("kv_dtype", "bf16"),
         is_sparse=known.get("topk", -1) >= 0,
         max_split_per_batch=known.get("max_split_per_batch", -1),
+        tiling=known.get("tiling"),
     )
     expected, got = _poisoned(sizes, room), _poisoned(sizes, room)
     work = plan_v1_2(*tensors, **known)
@@ -97,6 +99,15 @@ SHAPES = [
 ]
 
 
+def _tilings(num_heads):
+    """Ways in which a kernel of one's own may tile: whole rows, one token, heads in two groups."""
+    yield HeadTiling(1, num_heads, 3 * num_heads, one_tile=False)
+    yield HeadTiling(1, num_heads, num_heads, one_tile=False)
+    yield HeadTiling(1, num_heads, 64, one_tile=False)
+    if num_heads % 2 == 0:
+        yield HeadTiling(2, num_heads // 2, 2 * num_heads, one_tile=False)
+
+
 def _lists(values, size):
     return st.lists(values, min_size=size, max_size=size)
 
@@ -114,7 +125,8 @@ def test_equals_the_host_planner(data):
         draw(_lists(st.integers(0, 900) | st.integers(0, 40), size)),
         num_heads=num_heads,
         profile=DeviceProfile(arch, draw(st.integers(1, 12))),
-        page_size=draw(st.sampled_from([1, 1, 4, 64])),
+        page_size=draw(st.sampled_from([1, 1, 3, 4, 64])),
+        tiling=draw(st.sampled_from([None, None, *_tilings(num_heads)])),
         kv_granularity=draw(st.sampled_from([1, 4, 16])),
         is_causal=draw(st.booleans()),
         is_cp_round_robin=draw(st.sampled_from([False, False, True])),
@@ -210,7 +222,7 @@ def _good():
             {"kv_indptr": torch.empty(3, dtype=torch.int32, device="meta")},
             "must be on cpu like the buffers, got one on meta",
         ),
-        ({"page_size": 3}, "page_size must be a power of two, got 3"),
+        ({"page_size": 0}, "page_size must be >= 1, got 0"),
         ({"scratch": torch.empty(3, dtype=torch.int64)}, r"scratch must be \[25\] int64 or longer"),
         ({"scratch": torch.empty(99)}, r"scratch must be .* got \(99,\) torch.float32"),
     ],

@@ -256,7 +256,7 @@ GOOD = {
             {"qo_indptr": torch.empty(3, dtype=torch.int32, device="meta")},
             "qo_indptr must be on the CPU, got meta",
         ),
-        ({"page_size": 48}, "page_size must be a power of two, got 48"),
+        ({"page_size": 0}, "page_size must be >= 1, got 0"),
         ({"kv_granularity": 0}, "kv_granularity must be a power of two, got 0"),
         (
             {"page_size": 4, "kv_last_page_len": torch.tensor([1, 5], dtype=torch.int32)},

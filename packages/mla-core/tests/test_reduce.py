@@ -206,6 +206,76 @@ def test_tiles(backend, seed):
     assert (lse[[3, 4, 8]] == 7).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiles_in_one_piece_may_be_listed_with_no_row(backend, seed):
+    x, lses = partials(4, 2)
+    out = torch.full((2, 2, 32), 7.0, device=DEVICE)
+    lse = torch.full((2, 2), 7.0, device=DEVICE)
+    reduce_tiles(
+        x,
+        lses,
+        *(i32([0, 1, 3]), i32([[0, 1], [1, 2]]), i32([-1, 3, 0])),
+        max_tile_rows=1,
+        out=out,
+        lse=lse,
+        backend=backend,
+    )
+    assert (out[0] == 7).all()
+    assert (lse[0] == 7).all()
+    check((out[1], lse[1]), merged(x[[3, 0]], lses[[3, 0]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize("base", list(LseBase))
+def test_tiles_of_folded_heads(backend, with_sink, base, seed):
+    """Rows are groups of two of six heads: those of a request's first group come first."""
+    q_lens, fold = (2, 0, 3), 3
+    sink = torch.randn(6, device=DEVICE) if with_sink else None
+    factor = math.log2(math.e) if base is LseBase.TWO else 1.0
+    x, lses = partials(40, 2)
+    # (first folded row, rows, partial rows); the third tile is not cut
+    tiles = [(0, 2, (0, 11)), (2, 2, (20,)), (4, 2, ()), (6, 3, (2, 30)), (12, 2, (7, 9, 13))]
+    out = torch.full((5, 6, 32), 7.0, device=DEVICE)
+    lse = torch.full((5, 6), 7.0, device=DEVICE)
+    reduce_tiles(
+        x,
+        lses * factor,
+        i32([0, *torch.tensor([len(rows) for *_, rows in tiles]).cumsum(0)]),
+        i32([[first, first + count] for first, count, _ in tiles]),
+        i32([row for *_, rows in tiles for row in rows]),
+        max_tile_rows=3,
+        out=out,
+        lse=lse,
+        sink=sink,
+        lse_base=base,
+        fold=fold,
+        qo_indptr=i32([0, 2, 2, 5]),
+        backend=backend,
+    )
+    tokens = [
+        (token, group)
+        for start, q_len in zip((0, 2, 2), q_lens, strict=True)
+        for group in range(fold)
+        for token in range(start, start + q_len)
+    ]
+    written = torch.zeros(5, 6, dtype=torch.bool)
+    for first, count, rows in tiles:
+        for i in range(count if rows else 0):
+            token, group = tokens[first + i]
+            heads = slice(2 * group, 2 * group + 2)
+            index = [row + i for row in rows]
+            got = out[token, heads], lse[token, heads] / factor
+            check(got, merged(x[index], lses[index], None if sink is None else sink[heads]))
+            written[token, heads] = True
+    assert (out[~written] == 7).all()
+    assert (lse[~written] == 7).all()
+
+
+def i32(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     counts=st.lists(st.integers(0, 5), min_size=1, max_size=6),
@@ -264,8 +334,12 @@ def test_bad_input(arguments, message):
         ({"final_map": torch.zeros(2, 4, dtype=torch.int32)[:, ::2]}, "final_map must"),
         ({"max_tile_rows": 0}, "max_tile_rows must be >= 1, got 0"),
         ({"partial_map": INDPTR.long()}, "partial_map must be int32"),
+        ({"fold": 0}, "fold must be >= 1, and above 1 come with qo_indptr, got 0"),
+        ({"fold": 2}, "qo_indptr, got 2 with qo_indptr=None"),
+        ({"fold": 2, "qo_indptr": INDPTR}, r"out must be \[2, 8, 8\]"),
+        ({"fold": 2, "qo_indptr": INDPTR.long()}, "qo_indptr must be int32"),
     ],
-    ids=["shape", "stride", "rows", "dtype"],
+    ids=["shape", "stride", "rows", "dtype", "fold", "no_indptr", "heads", "indptr_dtype"],
 )
 def test_bad_tiles(changed, message):
     arguments = {

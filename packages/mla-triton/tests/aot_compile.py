@@ -36,6 +36,7 @@ def constants(job):
             "HAS_FINAL_MAP": False,
             "HAS_SINK": True,
             "IS_BASE_TWO": False,
+            "FOLD": 1,
         }
     rank = job["kv_lora_rank"]
     groups = {"token": 1, "group128": rank // 128, "group32": rank // 32}.get(job["scales"], 0)

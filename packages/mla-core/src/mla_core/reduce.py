@@ -43,7 +43,8 @@ class Merge:
     """A checked reduce, as both implementations take it.
 
     ``reduce_indptr`` is ``None`` for the dense form. ``final_map`` gives each group of partials up
-    to ``group_rows`` output rows; without it a group is one query token.
+    to ``group_rows`` output rows; without it a group is one query token. With ``fold`` above 1,
+    output rows are folded ones and ``qo_indptr`` takes them apart.
     """
 
     partial_out: torch.Tensor
@@ -56,6 +57,8 @@ class Merge:
     group_rows: int
     sink: torch.Tensor | None
     lse_base: LseBase
+    fold: int = 1
+    qo_indptr: torch.Tensor | None = None
 
     @property
     def num_groups(self) -> int:
@@ -158,6 +161,8 @@ def reduce_tiles(
     lse: torch.Tensor,
     sink: torch.Tensor | None = None,
     lse_base: LseBase = LseBase.NATURAL,
+    fold: int = 1,
+    qo_indptr: torch.Tensor | None = None,
     backend: Literal["torch", "triton"] | None = None,
 ) -> None:
     """Merge the partials of a persistent work list, tile by tile, into ``out`` and ``lse``.
@@ -171,12 +176,19 @@ def reduce_tiles(
     final_map : [num_tiles, 2], int32
         First and one past the last query row of each tile.
     partial_map : [>= reduce_indptr[-1]], int32
-        Partial row of the tile's first query row; the tile's next rows follow it.
+        Partial row of the tile's first query row; the tile's next rows follow it. A tile whose
+        first entry is below 0 counts as one without partials.
     max_tile_rows : int
         Bound on the rows of a tile.
     out, lse : [total_q, num_heads, value_dim], [total_q, num_heads] fp32
         Rows of tiles without partials, and rows in no tile, keep their values: the attention
         kernel wrote them itself. A tile with a single partial is written like any other.
+    fold : int
+        Groups into which the list divides heads, each with query rows of its own: token ``i`` of
+        group ``g`` of a request is row ``q_start * fold + g * q_len + i``. Partials then have
+        ``num_heads // fold`` heads; ``out``, ``lse`` and ``sink`` have all of them.
+    qo_indptr : [batch_size + 1], int32, optional
+        Prefix sums of query tokens; required with ``fold`` above 1.
 
     Raises
     ------
@@ -184,9 +196,15 @@ def reduce_tiles(
         As `reduce_partials`.
     """
     op = "reduce_tiles"
+    if fold < 1 or (fold > 1 and qo_indptr is None):
+        raise LayoutError(
+            f"{op}: fold must be >= 1, and above 1 come with qo_indptr, got {fold} with "
+            f"qo_indptr={'None' if qo_indptr is None else tuple(qo_indptr.shape)}"
+        )
     _check_partials(op, partial_out, partial_lse, is_dense=False)
     _check_index(op, "reduce_indptr", reduce_indptr, partial_out.device)
     _check_index(op, "partial_map", partial_map, partial_out.device)
+    _check_index(op, "qo_indptr", qo_indptr, partial_out.device)
     _check_range(op, reduce_indptr, partial_map)
     shape = (reduce_indptr.numel() - 1, 2)
     int32 = (torch.int32,)
@@ -198,7 +216,8 @@ def reduce_tiles(
         )
     if max_tile_rows < 1:
         raise LayoutError(f"{op}: max_tile_rows must be >= 1, got {max_tile_rows}")
-    out_shape = (out.shape[0] if out.ndim else 0, *partial_out.shape[-2:])
+    num_heads, value_dim = partial_out.shape[-2] * fold, partial_out.shape[-1]
+    out_shape = (out.shape[0] if out.ndim else 0, num_heads, value_dim)
     _check_outputs(op, out, lse, sink, out_shape, partial_out.device)
     merge = Merge(
         partial_out,
@@ -211,6 +230,8 @@ def reduce_tiles(
         max_tile_rows,
         sink,
         lse_base,
+        fold,
+        qo_indptr if fold > 1 else None,
     )
     _implementation(op, backend, out.device)(merge)
 
@@ -312,11 +333,16 @@ def _merge_torch(merge: Merge) -> None:
         partials = [(merge.partial_out[:, s], merge.partial_lse[:, s]) for s in range(count)]
     else:
         partials = [_gather(merge, rows[:, s]) for s in range(count)]
-    shape = (merge.num_groups * merge.group_rows, *merge.out.shape[1:])
+    shape = (merge.num_groups * merge.group_rows, *merge.partial_out.shape[-2:])
     m = merge.out.new_full(shape[:2], _NEG_INF, dtype=torch.float32)
+    head_group = None
+    if merge.fold > 1:
+        assert out_rows is not None
+        out_rows, head_group = _unfold(merge, out_rows)
     if merge.sink is not None:
         sink = merge.sink * math.log2(math.e) if is_two else merge.sink
-        m = sink.expand(shape[:2])
+        sinks = sink.unflatten(0, (merge.fold, shape[1]))
+        m = sink = sinks[0].expand(shape[:2]) if head_group is None else sinks[head_group]
     for _, lse in partials:
         m = torch.maximum(m, lse)
     m_safe = torch.where(m == _NEG_INF, 0.0, m)
@@ -336,8 +362,27 @@ def _merge_torch(merge: Merge) -> None:
         merge.lse.copy_(lse)
     else:
         written = out_rows >= 0
-        merge.out[out_rows[written]] = acc[written].to(merge.out.dtype)
-        merge.lse[out_rows[written]] = lse[written]
+        targets = merge.out, merge.lse
+        index: tuple[torch.Tensor, ...] = (out_rows[written],)
+        if head_group is not None:
+            targets = tuple(t.unflatten(1, (merge.fold, shape[1])) for t in targets)
+            index = (*index, head_group[written])
+        targets[0][index] = acc[written].to(merge.out.dtype)
+        targets[1][index] = lse[written]
+
+
+def _unfold(merge: Merge, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return query token (-1 where there is none) and group of heads of folded query rows."""
+    assert merge.qo_indptr is not None
+    ends = merge.qo_indptr[1:].long() * merge.fold
+    request = torch.searchsorted(ends, rows.clamp(min=0), right=True)
+    exists = (rows >= 0) & (request < ends.numel())
+    request = torch.where(exists, request, 0)
+    q_start = merge.qo_indptr.long()[request]
+    q_len = merge.qo_indptr.diff().long()[request].clamp(min=1) if ends.numel() else q_start + 1
+    nth = torch.where(exists, rows - q_start * merge.fold, 0)
+    token = q_start + nth % q_len
+    return torch.where(exists, token, -1), torch.where(exists, nth // q_len, 0)
 
 
 def _partial_rows(merge: Merge) -> tuple[int, torch.Tensor, torch.Tensor | None]:
@@ -354,9 +399,10 @@ def _partial_rows(merge: Merge) -> tuple[int, torch.Tensor, torch.Tensor | None]
     if merge.final_map is None:
         return count, rows, None
     local = torch.arange(merge.group_rows, device=begin.device)
-    rows = torch.where(rows[:, None] >= 0, rows[:, None] + local[:, None], -1)
+    rows = torch.where(rows[:, None] >= 0, rows[:, None] + local[:, None], -1)  # [groups, row, s]
     out_rows = merge.final_map[:, :1].long() + local  # [groups, group_rows]
-    is_written = (out_rows < merge.final_map[:, 1:]) & (counts[:, None] > 0)
+    is_split = (rows[:, 0, 0] >= 0) if count else counts > 0
+    is_written = (out_rows < merge.final_map[:, 1:]) & is_split[:, None]
     return count, rows.flatten(0, 1), torch.where(is_written, out_rows, -1).flatten()
 
 
@@ -377,7 +423,7 @@ def _merge_triton(merge: Merge) -> None:
     """Launch the kernel; unused pointers get a tensor that is never read."""
     from mla_core.kernels.reduce import reduce_partials_kernel
 
-    num_heads, value_dim = merge.out.shape[1:]
+    num_heads, value_dim = merge.partial_out.shape[-2:]
     num_programs = merge.num_groups * merge.group_rows * num_heads
     if not num_programs or not value_dim:
         return
@@ -389,6 +435,7 @@ def _merge_triton(merge: Merge) -> None:
     if num_programs < 1024:
         block_d = min(block_d, 128)
     unused = merge.lse
+    batch_size = 0 if merge.qo_indptr is None else merge.qo_indptr.numel() - 1
     reduce_partials_kernel[(num_programs, -(-value_dim // block_d))](
         merge.out,
         merge.lse,
@@ -398,6 +445,9 @@ def _merge_triton(merge: Merge) -> None:
         unused if merge.partial_map is None else merge.partial_map,
         unused if merge.final_map is None else merge.final_map,
         unused if merge.sink is None else merge.sink,
+        unused if merge.qo_indptr is None else merge.qo_indptr,
+        batch_size,
+        batch_size.bit_length(),
         num_heads,
         merge.partial_out.shape[1] if is_dense else 0,
         merge.partial_out.shape[1 if is_dense else 0],
@@ -414,5 +464,6 @@ def _merge_triton(merge: Merge) -> None:
         HAS_FINAL_MAP=merge.final_map is not None,
         HAS_SINK=merge.sink is not None,
         IS_BASE_TWO=merge.lse_base is LseBase.TWO,
+        FOLD=merge.fold,
         num_warps=max(1, min(4, block_d // 128)),
     )

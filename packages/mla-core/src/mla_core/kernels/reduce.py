@@ -32,9 +32,36 @@ def _partial_rows(
     return row, exists & (row >= 0) & (row < num_partials)
 
 
+@triton.jit
+def _unfold(
+    row,  # folded query row
+    qo_indptr_ptr,  # [batch_size + 1] i32
+    batch_size,
+    search_steps,
+    FOLD: tl.constexpr,
+):
+    """Take a row ``q_start * FOLD + group * q_len + i`` apart: query token, group, existence."""
+    low = row * 0
+    high = low + batch_size
+    for _ in range(0, search_steps):
+        middle = (low + high) // 2
+        is_open = low < high
+        ends = tl.load(qo_indptr_ptr + middle + 1, mask=is_open, other=0) * FOLD
+        low = tl.where(is_open & (ends <= row), middle + 1, low)
+        high = tl.where(is_open & (ends > row), middle, high)
+    exists = low < batch_size
+    q_start = tl.load(qo_indptr_ptr + low, mask=exists, other=0)
+    q_len = tl.load(qo_indptr_ptr + low + 1, mask=exists, other=0) - q_start
+    nth = row - q_start * FOLD
+    q_len = tl.maximum(q_len, 1)
+    return q_start + nth % q_len, nth // q_len, exists
+
+
 @triton.jit(
     do_not_specialize=[
         "num_heads",
+        "batch_size",
+        "search_steps",
         "num_splits",
         "num_partials",
         "lse_stride_t",
@@ -53,7 +80,10 @@ def reduce_partials_kernel(
     partial_map_ptr,  # [n] i32, row of each partial; unused without HAS_MAP
     final_map_ptr,  # [groups, 2] i32, output rows [begin, end); unused without HAS_FINAL_MAP
     sink_ptr,  # [num_heads] f32; unused without HAS_SINK
-    num_heads,
+    qo_indptr_ptr,  # [batch_size + 1] i32; unused unless heads are folded
+    batch_size,
+    search_steps,  # bits of batch_size
+    num_heads,  # of a partial
     num_splits,  # dense only
     num_partials,  # rows a partial can have: num_splits when dense
     out_stride_t,  # elements
@@ -75,6 +105,7 @@ def reduce_partials_kernel(
     HAS_FINAL_MAP: tl.constexpr,
     HAS_SINK: tl.constexpr,
     IS_BASE_TWO: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """Merge BLOCK_D columns of one output row of one head."""
     # locate
@@ -94,8 +125,17 @@ def reduce_partials_kernel(
     if HAS_FINAL_MAP:
         out_row = tl.load(final_map_ptr + group * 2) + local_row
         # A tile without partials was written by the attention kernel itself.
-        if (out_row >= tl.load(final_map_ptr + group * 2 + 1)) | (count <= 0):
+        first_partial = tl.load(partial_map_ptr + first, mask=count > 0, other=-1)
+        if (out_row >= tl.load(final_map_ptr + group * 2 + 1)) | (first_partial < 0):
             return
+    out_head = head
+    if FOLD > 1:
+        out_row, head_group, exists = _unfold(
+            out_row, qo_indptr_ptr, batch_size, search_steps, FOLD
+        )
+        if not exists:
+            return
+        out_head = head_group * num_heads + head
     partial_out_ptr += head.to(tl.int64) * partial_out_stride_h
     partial_lse_ptr += head.to(tl.int64) * partial_lse_stride_h
 
@@ -104,7 +144,7 @@ def reduce_partials_kernel(
     s = tl.arange(0, BLOCK_S)
     m = float("-inf")
     if HAS_SINK:
-        sink = tl.load(sink_ptr + head).to(tl.float32)
+        sink = tl.load(sink_ptr + out_head).to(tl.float32)
         if IS_BASE_TWO:
             sink *= 1.4426950408889634
         m = sink
@@ -146,10 +186,10 @@ def reduce_partials_kernel(
     is_nothing = denom == 0.0
     denom = tl.where(is_nothing, 1.0, denom)
     acc = acc / denom
-    out_offset = out_row.to(tl.int64) * out_stride_t + head.to(tl.int64) * out_stride_h
+    out_offset = out_row.to(tl.int64) * out_stride_t + out_head.to(tl.int64) * out_stride_h
     tl.store(out_ptr + out_offset + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
     if tl.program_id(1) == 0:
         lse = m + tl.log2(denom) / to_log2
         lse = tl.where(is_nothing, float("-inf"), lse)
-        lse_offset = out_row.to(tl.int64) * lse_stride_t + head.to(tl.int64) * lse_stride_h
+        lse_offset = out_row.to(tl.int64) * lse_stride_t + out_head.to(tl.int64) * lse_stride_h
         tl.store(lse_ptr + lse_offset, lse)

@@ -7,6 +7,7 @@ of caches or backends; what differs between kernel families is data in `mla_core
 from mla_core.metadata.device import plan_v1_2_device, scratch_size
 from mla_core.metadata.prefill import plan_prefill
 from mla_core.metadata.profile import DeviceProfile
+from mla_core.metadata.recipe import WorkListRecipe
 from mla_core.metadata.sizes import WorkListSizes, decode_sizes, prefill_sizes
 from mla_core.metadata.splits import choose_num_kv_splits, split_indptr
 from mla_core.metadata.update import decode_update
@@ -18,6 +19,7 @@ from mla_core.metadata.worklist import WorkList
 __all__ = [
     "DeviceProfile",
     "WorkList",
+    "WorkListRecipe",
     "WorkListSizes",
     "choose_num_kv_splits",
     "decode_sizes",

@@ -16,7 +16,7 @@ from mla_core.errors import BackendUnavailableError, LayoutError
 from mla_core.metadata.profile import DeviceProfile, ceil_div
 from mla_core.metadata.ragged import check_index_tensors, check_one_kv_head, check_units
 from mla_core.metadata.sizes import decode_sizes
-from mla_core.metadata.tiling import head_tiling
+from mla_core.metadata.tiling import HeadTiling, head_tiling
 from mla_core.metadata.v1_2 import overhead_blocks
 from mla_core.metadata.worklist import WorkList, check_buffer
 
@@ -48,6 +48,7 @@ def plan_v1_2_device(
     is_cp_round_robin: bool = False,
     q_dtype: str = "bf16",
     kv_dtype: str = "bf16",
+    tiling: HeadTiling | None = None,
     scratch: torch.Tensor | None = None,
 ) -> None:
     """Plan a decode step on the device of the index tensors.
@@ -62,6 +63,8 @@ def plan_v1_2_device(
     max_seqlen_qo : int
         Most query tokens of a request, or of one token list each (``topk``): what buffers are
         sized for.
+    tiling : HeadTiling, optional
+        As in `plan_v1_2`; ``buffers`` then need the sizes that `decode_sizes` gives for it.
     scratch : [>= scratch_size(batch_size, num_workgroups)], int64, optional
         Give it and nothing is allocated. ``num_workgroups`` is that of `decode_sizes`.
 
@@ -89,6 +92,7 @@ def plan_v1_2_device(
         q_dtype=q_dtype,
         kv_dtype=kv_dtype,
         is_sparse=is_sparse,
+        tiling=tiling,
     )
     for name, shape in sizes.shapes.items():
         check_buffer(_OP, name, getattr(buffers, name), shape)
@@ -113,7 +117,7 @@ def plan_v1_2_device(
     _refuse_miscompiled(buffers.work_indptr.device)
     from mla_core.kernels.plan import deal_kernel, fill_kernel, request_prefix_kernel
 
-    tiling = head_tiling(
+    tiling = tiling or head_tiling(
         _OP, num_heads, 1 if is_sparse else max_seqlen_qo, q_dtype, kv_dtype, profile
     )
     shape_args = {
@@ -216,5 +220,6 @@ def _refuse_miscompiled(device: torch.device) -> None:
     if tuple(int(part) for part in found.split(".")[:2]) < FIRST_AMD_TRITON:
         raise BackendUnavailableError(
             f"{_OP}: triton must be {'.'.join(map(str, FIRST_AMD_TRITON))} or later on AMD GPUs, "
-            f"got {found}, which compiles the planner wrongly; plan on the host with plan_v1_2"
+            f"got {found}, which compiles the planner wrongly; plan on the host: plan_v1_2, or "
+            "plan_decode with fixed_lengths=True"
         )

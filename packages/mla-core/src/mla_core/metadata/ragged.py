@@ -85,9 +85,10 @@ def check_units(op: str, *, page_size: int, kv_granularity: int) -> None:
     ------
     LayoutError
     """
-    for name, value in (("page_size", page_size), ("kv_granularity", kv_granularity)):
-        if not is_power_of_two(value):
-            raise LayoutError(f"{op}: {name} must be a power of two, got {value}")
+    if page_size < 1:
+        raise LayoutError(f"{op}: page_size must be >= 1, got {page_size}")
+    if not is_power_of_two(kv_granularity):
+        raise LayoutError(f"{op}: kv_granularity must be a power of two, got {kv_granularity}")
 
 
 def check_one_kv_head(op: str, num_heads_k: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mla_core.errors import LayoutError
 from mla_core.metadata.profile import DeviceProfile, ceil_div
-from mla_core.metadata.tiling import Shape, buffer_tiles, workgroups_per_cu
+from mla_core.metadata.tiling import HeadTiling, Shape, buffer_tiles, workgroups_per_cu
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ def decode_sizes(
     num_kv_splits: int = 32,
     intra_batch_mode: bool = False,
     max_split_per_batch: int = -1,
+    tiling: HeadTiling | None = None,
 ) -> WorkListSizes:
     """Bound the work lists of the decode planners for any lengths of a batch.
 
@@ -76,6 +77,8 @@ def decode_sizes(
         Most pieces of a tile; only with ``intra_batch_mode``.
     max_split_per_batch : int
         As given to the planner; below 1 for no limit.
+    tiling : HeadTiling, optional
+        As given to `plan_v1_2`: the bounds are then tight, and those of ``fast_mode`` alone.
 
     Raises
     ------
@@ -92,6 +95,10 @@ def decode_sizes(
     shape = Shape.of(num_heads, max_seqlen_qo, q_dtype, kv_dtype, profile)
     workgroups = profile.num_cu * workgroups_per_cu(shape)
     rows = batch_size * max_seqlen_qo if is_sparse else batch_size
+    if tiling is not None:
+        per_row = 1 if is_sparse else tiling.max_tiles(max_seqlen_qo)
+        tiles, cuts = rows * tiling.fold * per_row, workgroups - 1
+        return WorkListSizes(workgroups, tiles + cuts, tiles, min(tiles + cuts, 2 * cuts))
     per_row = buffer_tiles(
         Shape.of(num_heads, 1 if is_sparse else max_seqlen_qo, q_dtype, kv_dtype, profile)
     )

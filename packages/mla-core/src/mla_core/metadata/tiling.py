@@ -156,6 +156,18 @@ class HeadTiling:
         # Equal sizes, rounded up, may need fewer tiles: 9 tokens in 4 tiles are 3 + 3 + 3.
         return ceil_div(q_len, ceil_div(q_len, wanted))
 
+    def max_tiles(self, q_len: int) -> int:
+        """Most query tiles of any request with up to ``q_len`` query tokens."""
+        if q_len == 0 or self.one_tile:
+            return min(q_len, 1)
+        return q_len if self.one_token else ceil_div(q_len * self.num_heads, self.packed_rows)
+
+    def max_tile_tokens(self, q_len: int) -> int:
+        """Most query tokens of a tile of any request with up to ``q_len`` of them."""
+        if q_len == 0 or self.one_tile:
+            return q_len
+        return 1 if self.one_token else min(q_len, ceil_div(self.packed_rows, self.num_heads))
+
 
 def head_tiling(
     op: str, num_heads: int, q_len: int, q_dtype: str, kv_dtype: str, profile: DeviceProfile

@@ -62,7 +62,7 @@ def plan_v1_2(
     is_causal : bool
         Leave out entries that the bottom-right aligned mask hides from a whole tile.
     page_size, kv_granularity : int
-        Powers of two: tokens per page, and pages per block.
+        Tokens per page, any number; pages per block, a power of two.
     max_seqlen_qo : int
         Most query tokens of a request; below 1 when unknown.
     uni_seqlen_qo : int

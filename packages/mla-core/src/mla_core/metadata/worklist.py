@@ -131,6 +131,83 @@ class WorkList:
             )
 
 
+def check_follows(
+    op: str,
+    work: WorkList,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    page_size: int,
+    fold: int = 1,
+) -> None:
+    """Check that a list was made for these lengths (reads all of it on the host).
+
+    Parameters
+    ----------
+    work : WorkList
+        Of dense attention, in any order, from any planner; may be padded.
+    qo_indptr, kv_indptr : [batch_size + 1], int32
+    kv_lens : [batch_size], int32
+    page_size : int
+    fold : int
+        Groups of heads that the list calls requests.
+
+    Raises
+    ------
+    LayoutError
+        A work names rows or keys that the batch does not have, or keys are left out.
+    """
+    num_works = int(work.work_indptr.max()) if work.work_indptr.numel() else 0
+    if num_works > work.num_works or int(work.work_indptr[:1].sum()) != 0:
+        raise LayoutError(
+            f"{op}: work_indptr must rise from 0 to at most {work.num_works}, the works there are, "
+            f"got up to {num_works}"
+        )
+    info = work.work_info[:num_works].long().cpu()
+    q_start, q_len = qo_indptr[:-1].long().cpu(), qo_indptr.diff().long().cpu()
+    first, pages, lens = kv_indptr[:-1].long().cpu(), kv_indptr.diff().long().cpu(), kv_lens.cpu()
+    batch_size = q_len.numel()
+    group = info[:, BATCH_IDX]
+    if bool(((group < 0) | (group >= batch_size * fold)).any()):
+        raise LayoutError(
+            f"{op}: batch_idx of a work must be in 0..{batch_size * fold - 1}, got one outside; "
+            "make the list again for this batch"
+        )
+    request = group // fold
+    rows = q_start[request] * fold + (group % fold) * q_len[request]
+    begin, end = info[:, QO_START] - rows, info[:, QO_END] - rows
+    if bool(((begin < 0) | (end > q_len[request]) | (begin > end)).any()):
+        raise LayoutError(
+            f"{op}: query rows of a work must be those of its request, got others; make the list "
+            "again for this batch"
+        )
+    kv_begin, kv_end = info[:, KV_START] - first[request], info[:, KV_END] - first[request]
+    # What follows a piece tells how long its planner took the request to be.
+    left = (lens[request] - kv_end * page_size).clamp(min=0)
+    is_current = (kv_begin >= 0) & (kv_begin <= kv_end) & (kv_end <= pages[request])
+    if not bool((is_current & (left == info[:, KV_OFFSET])).all()):
+        raise LayoutError(
+            f"{op}: a work list must be made for the lengths it is used with, got one for others; "
+            "plan it again after lengths change"
+        )
+    # Works may leave out what a causal mask hides.
+    num_rows = q_len * fold
+    row_ends = num_rows.cumsum(0)
+    row_request = torch.arange(batch_size).repeat_interleave(num_rows)
+    nth = (torch.arange(row_request.numel()) - (row_ends - num_rows)[row_request]) % q_len[
+        row_request
+    ]
+    needed = lens[row_request] - (q_len[row_request] - 1 - nth)
+    covered = torch.zeros(row_request.numel() + 1, dtype=torch.int64)
+    covered.index_add_(0, info[:, QO_START], kv_end - kv_begin)
+    covered.index_add_(0, info[:, QO_END], kv_begin - kv_end)
+    if bool((covered.cumsum(0)[:-1] * page_size < needed).any()):
+        raise LayoutError(
+            f"{op}: works must cover every key that a query row sees, got one that is left out"
+        )
+
+
 def check_buffer(op: str, name: str, buffer: torch.Tensor, needed: tuple[int, ...]) -> None:
     """Check that a caller's buffer can hold ``needed`` int32 rows.
 

@@ -153,7 +153,7 @@ def get_mla_metadata_v1(
     work_info_set, work_indptr, reduce_indptr, reduce_final_map, reduce_partial_map : int32
         At least of the sizes that `get_mla_metadata_info_v1` returns.
     page_size, kv_granularity : int
-        Tokens per page, and pages per block; powers of two.
+        Tokens per page, any number here; pages per block, a power of two.
     max_seqlen_qo, uni_seqlen_qo : int
         Most query tokens of a request; the number that all have. Negative for unknown.
     fast_mode, intra_batch_mode : bool
