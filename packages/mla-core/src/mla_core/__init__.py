@@ -15,7 +15,14 @@ from mla_core.errors import (
     MLAError,
     UnsupportedProblemError,
 )
-from mla_core.ops import decode, prefill, reduce_partials, sparse_decode, write_kv_cache
+from mla_core.ops import (
+    decode,
+    prefill,
+    reduce_partials,
+    replan,
+    sparse_decode,
+    write_kv_cache,
+)
 from mla_core.plan import AttentionOptions, DecodePlan, plan_decode
 from mla_core.problem import Capability, Problem
 from mla_core.reduce import LseBase
@@ -45,6 +52,7 @@ __all__ = [
     "plan_decode",
     "prefill",
     "reduce_partials",
+    "replan",
     "sparse_decode",
     "use_backend",
     "write_kv_cache",

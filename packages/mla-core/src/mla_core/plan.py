@@ -9,13 +9,17 @@ plan's ``max_seqlen_q``. (``max_seqlen_k`` only guides the split count: longer r
 A caller that plans every step anyway may promise ``fixed_lengths``. A backend may then deal out the
 work of this batch in advance, and a replay may change only the contents of the cache and of
 ``kv_page_indices``.
+
+A ``persistent`` plan follows a work list: made on the host with ``fixed_lengths``, given by the
+caller, or else made on the device, where `mla_core.replan` makes it again after lengths changed,
+in a captured graph too.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -27,6 +31,7 @@ from mla_core.dims import MLADims
 from mla_core.dtypes import FP8_DTYPES, dtype_name
 from mla_core.errors import LayoutError
 from mla_core.logs import event
+from mla_core.metadata import WorkList, WorkListRecipe, WorkListSizes
 from mla_core.problem import Problem
 from mla_core.rope import FusedRope
 from mla_core.select import Choice, select
@@ -93,7 +98,8 @@ class PlanRequest:
 
     ``num_kv_splits`` is the caller's wish, or ``None`` for the backend's choice.
     ``device_index`` is -1 off the GPU. ``q_lens`` and ``kv_lens`` are the query and cached tokens
-    of each request, ``None`` unless the caller promised that they stay.
+    of each request, ``None`` unless the caller promised that they stay. ``work_list`` bounds a work
+    list of the caller's, made for ``work_list_fold`` groups of heads.
     """
 
     problem: Problem
@@ -107,6 +113,8 @@ class PlanRequest:
     device_index: int = -1
     q_lens: tuple[int, ...] | None = None
     kv_lens: tuple[int, ...] | None = None
+    work_list: WorkListSizes | None = None
+    work_list_fold: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +136,9 @@ class Schedule:
     tables : mapping of str to Tensor, on the CPU
         What was worked out from the lengths of the request, such as a work list; a plan copies
         them to the device once.
+    recipe : WorkListRecipe, optional
+        For a work list that the device makes: the plan's tables are then buffers of its sizes, and
+        ``workspace`` has the recipe's ``scratch``.
     """
 
     kernel: str
@@ -136,6 +147,7 @@ class Schedule:
     config: Mapping[str, int] = field(default_factory=dict)
     workspace: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    recipe: WorkListRecipe | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +166,7 @@ class DecodePlan:
     choice : Choice, optional
         How the backend was chosen; absent on plans rebuilt inside a compiled graph.
     tables : mapping of str to Tensor
-        The schedule's tables on the batch's device.
+        The schedule's tables on the batch's device; of a persistent plan, its work list.
     """
 
     request: PlanRequest
@@ -181,6 +193,11 @@ class DecodePlan:
         """Most partials of one query token."""
         return self.schedule.num_kv_splits
 
+    @property
+    def is_persistent(self) -> bool:
+        """Whether the caller asked for a work list, which ``tables`` then holds."""
+        return "persistent" in self.request.problem.features
+
     def __str__(self) -> str:
         """One line: backend, kernel, splits and the reason."""
         shown = " ".join(f"{key}={value}" for key, value in self.schedule.config.items())
@@ -205,6 +222,9 @@ def plan_decode(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     fixed_lengths: bool = False,
+    persistent: bool = False,
+    work_list: WorkList | None = None,
+    work_list_fold: int = 1,
     backend: str | None = None,
 ) -> DecodePlan:
     """Choose a backend and a schedule for decode steps over a batch.
@@ -232,8 +252,21 @@ def plan_decode(
         ``qo_indptr`` and ``kv``. With graph replay in mind, give upper bounds.
     fixed_lengths : bool
         Promise that every run of the plan has the lengths of this batch, request by request; they
-        are read on the host. Persistent kernels need it. Under ``torch.compile`` the promise is
-        not passed on: the compiled step runs the schedule for changing lengths.
+        are read on the host. Under ``torch.compile`` the promise is not passed on: the compiled
+        step runs the schedule for changing lengths.
+    persistent : bool
+        Ask for a kernel whose workgroups follow a work list, which balances ragged batches. With
+        ``fixed_lengths`` the list is made now, on the host. Without, it is made on the device and
+        belongs to the present lengths: call `mla_core.replan` after each change, once for all
+        layers. ``num_kv_splits`` is then an aim, not a bound. Under ``torch.compile``, the compiled
+        step runs a schedule without a list.
+    work_list : WorkList, on the cache's device, optional
+        Follow this list, made by any dense planner for the batch, instead of one of the backend's;
+        implies ``persistent``. It is read when running: whoever changes lengths must rewrite it in
+        place. Its tiles have at most ``max_seqlen_q`` query tokens.
+    work_list_fold : int
+        Groups of heads that ``work_list`` treats as requests of their own, rows of a request's
+        first group before those of its second.
     backend : str, optional
         Use this backend or raise.
 
@@ -267,9 +300,12 @@ def plan_decode(
         if value < 0:
             raise LayoutError(f"plan_decode: {name} must be >= 0, got {value}")
     check_query_lens("plan_decode", qo_indptr, total_q, max_seqlen_q)
+    if work_list is not None or work_list_fold != 1:
+        _check_work_list(work_list, work_list_fold, dims, kv, fixed_lengths)
     wanted = {"lse", *options.features}
     wanted |= {"sink"} if has_sink else set()
     wanted |= {"batch_invariant"} if batch_invariant else set()
+    wanted |= {"persistent"} if persistent or work_list is not None else set()
     problem = decode_problem(dims, kv, q_dtype, max_seqlen_q, wanted)
     choice = select(problem, backend)
     request = PlanRequest(
@@ -284,8 +320,14 @@ def plan_decode(
         device_index=_device_index(kv.cache.device),
         q_lens=tuple(qo_indptr.diff().tolist()) if fixed_lengths else None,
         kv_lens=tuple(kv.seq_lens.tolist()) if fixed_lengths else None,
+        work_list=None if work_list is None else work_list.sizes,
+        work_list_fold=work_list_fold,
     )
     plan = build_plan(request, choice.backend, qo_indptr, choice)
+    if work_list is not None:
+        plan = replace(plan, tables=tables_of(work_list))
+    elif plan.schedule.recipe is not None:
+        make_work_list(plan, kv)
     event(
         "plan_decode",
         backend=plan.backend,
@@ -338,7 +380,27 @@ def bind_schedule(
     device = qo_indptr.device
     workspace = allocate_workspace(schedule, device)
     tables = {name: table.to(device) for name, table in schedule.tables.items()}
+    if schedule.recipe is not None:
+        tables = tables_of(WorkList.empty(schedule.recipe.sizes, device))
     return DecodePlan(request, schedule, backend, run, qo_indptr, workspace, choice, tables)
+
+
+def tables_of(work_list: WorkList) -> dict[str, torch.Tensor]:
+    """Return the tensors of a work list by name, as a plan keeps them."""
+    return {item.name: getattr(work_list, item.name) for item in fields(WorkList)}
+
+
+def make_work_list(plan: DecodePlan, kv: PagedKV) -> None:
+    """Have the device write the work list of the present lengths into the plan's tables."""
+    recipe = plan.schedule.recipe
+    assert recipe is not None
+    recipe.plan_on_device(
+        WorkList(**plan.tables),
+        plan.qo_indptr,
+        kv.kv_indptr,
+        kv.kv_last_page_len,
+        plan.workspace["scratch"],
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -367,6 +429,23 @@ def _device_index(device: torch.device) -> int:
     if device.type != "cuda":
         return -1
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _check_work_list(
+    work_list: WorkList | None, fold: int, dims: MLADims, kv: PagedKV, fixed_lengths: bool
+) -> None:
+    if work_list is None:
+        raise LayoutError(f"plan_decode: work_list_fold must be 1 without a work_list, got {fold}")
+    if fixed_lengths:
+        raise LayoutError(
+            "plan_decode: fixed_lengths must be False with a work_list, got True; the list alone "
+            "says what is fixed"
+        )
+    if fold < 1 or dims.num_heads % fold:
+        raise LayoutError(
+            f"plan_decode: work_list_fold must divide num_heads={dims.num_heads}, got {fold}"
+        )
+    work_list.check_buffers("plan_decode", kv.cache.device)
 
 
 def _check_dims(dims: MLADims, kv: PagedKV) -> None:

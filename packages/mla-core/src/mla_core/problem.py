@@ -26,6 +26,7 @@ FEATURES: dict[str, str] = {
     "cp_round_robin": "context parallel rank holding every W-th token",
     "rope": "queries and each request's newest keys are rotated by position",
     "rope_write_back": "the rotated keys are stored in the cache",
+    "persistent": "one workgroup per worker, which walks its works in a work list",
     "batch_invariant": "a request's bits do not depend on its batch mates",
     "backward": "gradients of q, k and v",
     "topk_length": "per-row number of valid top-k indices",

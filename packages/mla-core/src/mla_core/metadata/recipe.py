@@ -68,9 +68,9 @@ class WorkListRecipe:
         return self.sizes.max_partials * self.max_tile_tokens
 
     @property
-    def scratch_size(self) -> int:
-        """Length of the int64 scratch of `plan_on_device`."""
-        return scratch_size(self.batch_size, self.num_workers)
+    def scratch(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the scratch of `plan_on_device`."""
+        return (scratch_size(self.batch_size, self.num_workers),), torch.int64
 
     def plan_on_host(
         self, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor

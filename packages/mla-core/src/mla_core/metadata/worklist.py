@@ -15,6 +15,7 @@ from typing import Final
 
 import torch
 
+from mla_core.checks import check_tensor
 from mla_core.errors import LayoutError
 from mla_core.metadata.sizes import WorkListSizes
 
@@ -66,6 +67,43 @@ class WorkList:
         ends = rows + self.work_info[:, QO_END] - self.work_info[:, QO_START]
         ends = ends[rows >= 0]
         return int(ends.max()) if ends.numel() else 0
+
+    @property
+    def sizes(self) -> WorkListSizes:
+        """Lengths of the buffers, used or not."""
+        return WorkListSizes(
+            num_workgroups=self.work_indptr.numel() - 1,
+            max_works=self.work_info.shape[0],
+            max_tiles=self.reduce_final_map.shape[0],
+            max_partials=self.reduce_partial_map.numel(),
+        )
+
+    def check_buffers(self, op: str, device: torch.device) -> None:
+        """Check shapes, dtypes and devices, not contents.
+
+        Raises
+        ------
+        LayoutError
+        """
+        num_tiles = max(self.reduce_indptr.numel() - 1, 0)
+        wanted: dict[str, tuple[int | str, ...]] = {
+            "work_indptr": ("num_workgroups + 1",),
+            "work_info": ("num_works", WORK_FIELDS),
+            "reduce_indptr": ("num_tiles + 1",),
+            "reduce_final_map": (num_tiles, 2),
+            "reduce_partial_map": ("num_partials",),
+        }
+        for name, shape in wanted.items():
+            buffer = getattr(self, name)
+            check_tensor(op, name, buffer, shape=shape, dtypes=(torch.int32,), device=device)
+            if not buffer.is_contiguous():
+                raise LayoutError(
+                    f"{op}: {name} must be contiguous, got strides {buffer.stride()}; "
+                    "call .contiguous()"
+                )
+        for name in ("work_indptr", "reduce_indptr"):
+            if not getattr(self, name).numel():
+                raise LayoutError(f"{op}: {name} must have at least one entry, got shape (0,)")
 
     @classmethod
     def empty(cls, sizes: WorkListSizes, device: torch.device | str = "cpu") -> WorkList:
@@ -156,7 +194,7 @@ def check_follows(
     Raises
     ------
     LayoutError
-        A work names rows or keys that the batch does not have, or keys are left out.
+        A work names rows or keys that the batch does not have, or some are left out.
     """
     num_works = int(work.work_indptr.max()) if work.work_indptr.numel() else 0
     if num_works > work.num_works or int(work.work_indptr[:1].sum()) != 0:
@@ -200,11 +238,16 @@ def check_follows(
     ]
     needed = lens[row_request] - (q_len[row_request] - 1 - nth)
     covered = torch.zeros(row_request.numel() + 1, dtype=torch.int64)
-    covered.index_add_(0, info[:, QO_START], kv_end - kv_begin)
-    covered.index_add_(0, info[:, QO_END], kv_begin - kv_end)
-    if bool((covered.cumsum(0)[:-1] * page_size < needed).any()):
+    works = torch.zeros_like(covered)
+    for row, sign in ((info[:, QO_START], 1), (info[:, QO_END], -1)):
+        covered.index_add_(0, row, sign * (kv_end - kv_begin))
+        works.index_add_(0, row, torch.full_like(row, sign))
+    is_short = covered.cumsum(0)[:-1] * page_size < needed
+    is_left_out = (works.cumsum(0)[:-1] == 0) & (lens[row_request] > 0)
+    if bool((is_short | is_left_out).any()):
         raise LayoutError(
-            f"{op}: works must cover every key that a query row sees, got one that is left out"
+            f"{op}: works must cover every query row of a request with keys, and every key that it "
+            "sees, got one that is left out"
         )
 
 

@@ -10,6 +10,8 @@ from mla_core.cache import LatentCache
 from mla_core.checks import check_live_rows, check_tensor
 from mla_core.dtypes import torch_dtype
 from mla_core.errors import LayoutError
+from mla_core.metadata import WorkList
+from mla_core.metadata.worklist import check_follows
 from mla_core.ops import library
 from mla_core.ops.arguments import check_q_scale, check_queries, check_sink, outputs
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, build_plan, decode_problem
@@ -135,7 +137,8 @@ def decode(
             global_kv_lens,
             sm_scale,
             plan.backend,
-            sorted(request.problem.features),
+            # A list cannot be handed to a compiled step, nor one be made in each layer.
+            sorted(request.problem.features - {"persistent"}),
             [
                 request.max_seqlen_q,
                 request.max_seqlen_k,
@@ -186,8 +189,12 @@ def _check(
             raise LayoutError(
                 f"decode: kv must have {name}={planned} like the plan, got {got}; plan again"
             )
-    if request.kv_lens is not None and (device.type == "cpu" or env.flag("MLA_CHECK")):
-        _check_lengths(kv, plan)
+    promises = request.kv_lens is not None or plan.is_persistent
+    if promises and (device.type == "cpu" or env.flag("MLA_CHECK")):
+        if request.kv_lens is not None:
+            _check_lengths(kv, plan)
+        if plan.is_persistent:
+            _check_work_list(kv, plan)
     if (sink is not None) != ("sink" in problem.features):
         wanted = "given" if sink is None else "None"
         raise LayoutError(
@@ -220,6 +227,19 @@ def _check_lengths(kv: PagedKV, plan: DecodePlan) -> None:
                 f"decode: {name} must stay as the plan's fixed_lengths promised, got others; "
                 "plan again"
             )
+
+
+def _check_work_list(kv: PagedKV, plan: DecodePlan) -> None:
+    """Check that the plan's list is one for the batch as it is now (reads both)."""
+    check_follows(
+        "decode",
+        WorkList(**plan.tables),
+        plan.qo_indptr,
+        kv.kv_indptr,
+        kv.seq_lens,
+        page_size=kv.page_size,
+        fold=plan.request.work_list_fold,
+    )
 
 
 def _run(

@@ -243,12 +243,16 @@ DECODE_CASES: tuple[DecodeCase, ...] = _one_per_seed(
 )
 
 
-def decode_cases(backend: str, arch: str) -> tuple[DecodeCase, ...]:
-    """Return the cases a backend claims on an architecture."""
+def decode_cases(
+    backend: str, arch: str, features: frozenset[str] = frozenset()
+) -> tuple[DecodeCase, ...]:
+    """Return the cases a backend claims on an architecture, with these features on top."""
     rows = registry.record(backend).require().capabilities
-    return tuple(
-        case for case in DECODE_CASES if any(not row.why_not(case.problem(arch)) for row in rows)
+    problems = ((case, case.problem(arch)) for case in DECODE_CASES)
+    asked = (
+        (case, replace(problem, features=problem.features | features)) for case, problem in problems
     )
+    return tuple(case for case, problem in asked if any(not row.why_not(problem) for row in rows))
 
 
 def check_decode(
@@ -258,6 +262,7 @@ def check_decode(
     *,
     inputs: DecodeInputs | None = None,
     fixed_lengths: bool = False,
+    persistent: bool = False,
     replan: Callable[[DecodePlan], DecodePlan] | None = None,
 ) -> None:
     """Run one case on a backend with poisoned outputs and compare it with the truth.
@@ -266,8 +271,8 @@ def check_decode(
     ----------
     inputs : DecodeInputs, optional
         What ``case.build(device)`` gave, for running many kernels on one case.
-    fixed_lengths : bool
-        As ``mla_core.plan_decode`` takes it.
+    fixed_lengths, persistent : bool
+        As ``mla_core.plan_decode`` takes them.
     replan : callable, optional
         Changes the plan, to try kernels and configurations that planning would not choose.
 
@@ -286,6 +291,7 @@ def check_decode(
         has_sink=case.has_sink,
         num_kv_splits=case.num_kv_splits,
         fixed_lengths=fixed_lengths,
+        persistent=persistent,
         backend=backend,
     )
     plan = plan if replan is None else replan(plan)
