@@ -11,6 +11,7 @@ from triton.compiler import ASTSource
 
 from mla_core.kernels.reduce import reduce_partials_kernel
 from mla_triton.kernels.decode import decode_kernel
+from mla_triton.kernels.decode_worklist import decode_worklist_kernel
 
 TARGETS = {
     "sm90": GPUTarget("cuda", 90, 32),
@@ -19,6 +20,7 @@ TARGETS = {
 }
 KERNELS = {
     "decode": decode_kernel,
+    "decode_worklist": decode_worklist_kernel,
     "reduce": reduce_partials_kernel,
 }
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "v_mfma")
@@ -41,7 +43,8 @@ def constants(job):
     rank = job["kv_lora_rank"]
     groups = {"token": 1, "group128": rank // 128, "group32": rank // 32}.get(job["scales"], 0)
     padded = 1 << (rank - 1).bit_length()
-    return {
+    of_list = {"FOLD": 1, "FILLS_EMPTY": False} if job["kernel"] == "decode_worklist" else {}
+    return of_list | {
         "D": rank,
         "R": 64,
         "BLOCK_D": padded,

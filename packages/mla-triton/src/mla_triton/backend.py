@@ -60,7 +60,21 @@ _DECODE_FNUZ = replace(
     kv_dtypes=frozenset({"fp8_e4m3fnuz"}),
     verified=(_GFX942,),
 )
-_GPU_ROWS = (_DECODE, _DECODE_CP, _DECODE_FP8, _DECODE_FNUZ)
+
+
+def _persistent(row: Capability) -> Capability:
+    """Return the row of the kernel that walks a work list; it takes the same problems."""
+    return replace(
+        row,
+        kernel="flash_decode_worklist",
+        features=row.features - {"batch_invariant"} | {"persistent"},
+    )
+
+
+_GPU_ROWS = (
+    *(_DECODE, _DECODE_CP, _DECODE_FP8, _DECODE_FNUZ),
+    *map(_persistent, (_DECODE_CP, _DECODE_FP8, _DECODE_FNUZ)),
+)
 
 
 def _in_interpreter(row: Capability) -> Capability:

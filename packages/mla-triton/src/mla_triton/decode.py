@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 
 from mla_core.batch import PagedKV
-from mla_core.cache import LatentCache
 from mla_core.dtypes import itemsize
 from mla_core.errors import UnsupportedProblemError
-from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule, allocate_workspace
+from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule, bind_schedule
 from mla_core.reduce import reduce_partials
-from mla_triton import tuning
+from mla_triton import tuning, worklist
+from mla_triton.arguments import power_of_two, scale_group_of, scales_of
 from mla_triton.splits import INVARIANT_SPLITS, choose_splits
 
 #: A split shorter than this many tokens costs more to merge than it saves.
@@ -42,11 +42,15 @@ def plan_decode(request: PlanRequest) -> Schedule:
             f"triton: batch_size must be in 0..{MAX_BATCH_SIZE}, got {request.batch_size}; "
             "plan the batch in parts"
         )
+    if "persistent" in request.problem.features:
+        return make_schedule(request, worklist.choose_config(request))
     return make_schedule(request, tuning.choose(request))
 
 
 def make_schedule(request: PlanRequest, config: tuning.DecodeConfig) -> Schedule:
     """Return the schedule of a request for a given configuration."""
+    if "persistent" in request.problem.features:
+        return worklist.make_schedule(request, config, _multiprocessors(request.device_index))
     num_splits, split_blocks, because = _splitting(request, config)
     dims = request.problem.dims
     workspace = {}
@@ -72,12 +76,14 @@ def with_config(
 ) -> DecodePlan:
     """Return a plan of this backend with another configuration, for tuning and tests.
 
-    For eager calls: under ``torch.compile`` a call takes the tuning table's configuration again.
+    For eager calls: under ``torch.compile`` a call takes the tuning table's configuration again. A
+    plan with a list of the device's needs `mla_core.replan` before it runs.
     """
     request = replace(plan.request, num_kv_splits=num_kv_splits)
     schedule = make_schedule(request, config)
-    workspace = allocate_workspace(schedule, plan.qo_indptr.device)
-    return replace(plan, request=request, schedule=schedule, workspace=workspace)
+    changed = bind_schedule(request, schedule, plan.backend, plan.run, plan.qo_indptr, plan.choice)
+    # A list of the caller's is in no schedule.
+    return changed if request.work_list is None else replace(changed, tables=plan.tables)
 
 
 def decode(
@@ -100,6 +106,20 @@ def decode(
     Reads every length on the device: no sync and no allocation, so a captured graph replays with
     other lengths. Query rows past ``qo_indptr[-1]`` are left as they are, or hold leftovers.
     """
+    if plan.is_persistent:
+        worklist.decode(
+            ql_nope,
+            q_pe,
+            kv,
+            plan,
+            sm_scale=sm_scale,
+            out=out,
+            lse=lse,
+            sink=sink,
+            q_scale=q_scale,
+            global_kv_lens=global_kv_lens,
+        )
+        return
     num_splits = plan.num_kv_splits
     cache = kv.cache
     if num_splits == 1:
@@ -183,7 +203,7 @@ def launch_decode(
     if not batch_size or not num_rows or not out.numel():
         return
     config = schedule.config
-    block_d = _power_of_two(kv_lora_rank)
+    block_d = power_of_two(kv_lora_rank)
     scale_group, scale_strides = scale_group_of(kv_scale, kv_lora_rank, block_d)
     grid = (-(-num_rows // config["BLOCK_M"]), schedule.num_kv_splits, batch_size)
     unused = kv_indptr
@@ -219,7 +239,7 @@ def launch_decode(
         D=kv_lora_rank,
         R=q_pe.shape[-1],
         BLOCK_D=block_d,
-        BLOCK_R=_power_of_two(q_pe.shape[-1]),
+        BLOCK_R=power_of_two(q_pe.shape[-1]),
         PAGE_SIZE=page_size,
         # Triton finds out by itself whether strides are multiples of 16.
         ROPE_ALIGN=math.gcd(8, *k_pe.stride()[:2]),
@@ -234,26 +254,6 @@ def launch_decode(
         HAS_WINDOW=options.window is not None,
         **config,
     )
-
-
-def scales_of(cache: LatentCache) -> torch.Tensor | None:
-    """Return the scales a kernel reads: one for the cache, those in its pages, or none."""
-    kind = cache.layout.scale_kind
-    return cache.scale if kind in ("none", "per_tensor") else cache.field("kv_c_scale")
-
-
-def scale_group_of(
-    kv_scale: torch.Tensor | None, kv_lora_rank: int, block_d: int
-) -> tuple[int, tuple[int, ...]]:
-    """Return how many latent elements share a scale in the page, and its page and token strides.
-
-    The group is 0 when there are no scales in the page. One scale per token covers the padding of
-    the latent to ``block_d`` as well.
-    """
-    if kv_scale is None or kv_scale.ndim == 1:
-        return 0, (0, 0)
-    groups = kv_scale.shape[-1]
-    return block_d if groups == 1 else kv_lora_rank // groups, kv_scale.stride()[:2]
 
 
 def _splitting(request: PlanRequest, config: tuning.DecodeConfig) -> tuple[int, int, str]:
@@ -297,8 +297,3 @@ def _multiprocessors(device_index: int) -> int:
     if device_index < 0:
         return _INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device_index).multi_processor_count
-
-
-def _power_of_two(width: int) -> int:
-    """Round up to a power of two that a matrix instruction's K dimension takes."""
-    return max(16, 1 << (width - 1).bit_length()) if width else 16

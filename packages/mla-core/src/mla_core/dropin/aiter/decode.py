@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from mla_core.batch import PagedKV, check_query_lens
@@ -14,9 +16,14 @@ from mla_core.dropin.aiter.arguments import (
     paged_batch,
     query_scale,
 )
+from mla_core.dropin.aiter.metadata import planning_profile
 from mla_core.errors import LayoutError
+from mla_core.metadata import WorkList
+from mla_core.metadata.tiling import head_tiling
 from mla_core.ops import decode, sparse_decode
-from mla_core.plan import AttentionOptions, DecodePlan, plan_decode
+from mla_core.plan import AttentionOptions, DecodePlan, decode_problem, plan_decode
+from mla_core.problem import Problem
+from mla_core.select import select
 
 _OP = "mla_decode_fwd"
 
@@ -82,7 +89,8 @@ def mla_decode_fwd(
         Wish for the number of splits; without a work list only.
     num_kv_splits_indptr : [B + 1], int32, optional
     work_meta_data, work_indptr, work_info_set, reduce_indptr, reduce_final_map, reduce_partial_map
-        A work list, whole or not at all; see Notes.
+        A work list of `get_mla_metadata_v1`, whole or not at all, made for the same heads, dtypes
+        and ``max_seqlen_q``, and on the same device; see Notes.
     q_scale, kv_scale : fp32 with one element, optional
         Dequantisation factors of fp8 tensors, both required with fp8 queries. Factors given for
         tensors of other dtypes have no effect.
@@ -109,17 +117,21 @@ def mla_decode_fwd(
     -----
     Differences from aiter. ``logits`` is a view of ``o`` in the dtype of ``o``: no scratch of
     partials is kept, and each of the S slots shows the merged row, so that any weighted mean over
-    them is the result. The work list is checked for shape and is otherwise advisory, because each
-    backend schedules itself; the result does not depend on it. A soft cap is supported. The
-    log-sum-exp is valid on every path, and -inf (with an output of 0) where nothing is visible.
+    them is the result. The work list is followed where the chosen backend has a kernel for it,
+    which is so with ``triton``: works and partials are then as aiter's, rows of folded heads
+    included (``q_start * f + g * q_len + i`` for token ``i`` of group ``g`` of ``f``), and requests
+    without KV are written whether or not they have a work. Elsewhere, and with a top-k table, the
+    list is checked for shape alone, because the backend schedules itself. The addresses in
+    ``work_meta_data`` are not read. A soft cap is supported. The log-sum-exp is valid on every
+    path, and -inf (with an output of 0) where nothing is visible.
     """
     del intra_batch_mode, return_logits
     dims = dims_of(_OP, q, o)
     if nhead_kv != 1:
         raise LayoutError(f"{_OP}: nhead_kv must be 1, got {nhead_kv}; MLA has one latent head")
-    is_persistent = work_meta_data is not None
+    work_list = None
     if work_meta_data is not None:
-        _check_work_list(
+        work_list = _work_list(
             q.device,
             work_meta_data,
             work_indptr,
@@ -145,7 +157,7 @@ def mla_decode_fwd(
         )
         return o.unsqueeze(1), lse
 
-    if is_persistent and q.shape[0] > batch_size * max_seqlen_q:
+    if work_list is not None and q.shape[0] > batch_size * max_seqlen_q:
         raise LayoutError(
             f"{_OP}: q must have at most B * max_seqlen_q={batch_size * max_seqlen_q} rows with a "
             f"work list, got {q.shape[0]}; a top-k table is passed as kv_indices [T, topk]"
@@ -179,11 +191,12 @@ def mla_decode_fwd(
         max_seqlen_q,
         sm_scale=scale,
         options=options,
-        num_kv_splits=None if is_persistent else num_kv_splits,
+        num_kv_splits=None if work_list is not None else num_kv_splits,
+        work_list=work_list,
         q_scale=q_scale,
         global_kv_lens=global_kv_lens,
     )
-    num_splits = 1 if is_persistent else num_kv_splits or plan.num_kv_splits
+    num_splits = 1 if work_list is not None else num_kv_splits or plan.num_kv_splits
     return o.unsqueeze(1).expand(-1, num_splits, -1, -1), lse
 
 
@@ -199,13 +212,27 @@ def attend(
     sm_scale: float,
     options: AttentionOptions,
     num_kv_splits: int | None = None,
+    work_list: WorkList | None = None,
     q_scale: torch.Tensor | None = None,
     global_kv_lens: torch.Tensor | None = None,
 ) -> DecodePlan:
-    """Plan without reading the device, run, and return the plan."""
+    """Plan without reading the device, run, and return the plan.
+
+    A work list is followed where the backend that would be chosen without it has a kernel for it.
+    """
     # As in aiter, the length of the index buffer stands for the context length: it only guides
     # the number of splits.
     pages_each = -(-kv.kv_page_indices.numel() // max(kv.batch_size, 1))
+    problem = decode_problem(dims, kv, q.dtype, max_seqlen_q, {"lse", *options.features})
+    backend, fold = None, 1
+    if work_list is not None:
+        backend = _follower(problem)
+        if backend is None:
+            work_list = None
+        else:
+            profile = planning_profile()
+            kinds = problem.q_dtype, problem.kv_dtype
+            fold = head_tiling(_OP, dims.num_heads, max_seqlen_q, *kinds, profile).fold
     plan = plan_decode(
         dims,
         qo_indptr,
@@ -216,6 +243,9 @@ def attend(
         total_q=q.shape[0],
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=pages_each * kv.page_size,
+        work_list=work_list,
+        work_list_fold=fold,
+        backend=backend,
     )
     decode(
         q[..., : dims.kv_lora_rank],
@@ -229,6 +259,13 @@ def attend(
         global_kv_lens=global_kv_lens,
     )
     return plan
+
+
+def _follower(problem: Problem) -> str | None:
+    """Return the backend that serves a problem if it follows work lists, else None."""
+    backend = select(problem).backend
+    asked = replace(problem, features=problem.features | {"persistent"})
+    return backend.name if any(not row.why_not(asked) for row in backend.capabilities) else None
 
 
 def _attend_table(
@@ -301,7 +338,7 @@ def _global_kv_lens(
     return g_kv_indptr.diff() if cp_world_size > 1 else None
 
 
-def _check_work_list(
+def _work_list(
     device: torch.device,
     work_meta_data: torch.Tensor,
     work_indptr: torch.Tensor | None,
@@ -309,8 +346,9 @@ def _check_work_list(
     reduce_indptr: torch.Tensor | None,
     reduce_final_map: torch.Tensor | None,
     reduce_partial_map: torch.Tensor | None,
-) -> None:
+) -> WorkList:
     int32 = torch.int32
+    tensors: list[torch.Tensor] = []
     for name, tensor, shape, dtype in (
         ("work_meta_data", work_meta_data, (2,), torch.uint64),
         ("work_indptr", work_indptr, ("n + 1",), int32),
@@ -325,3 +363,5 @@ def _check_work_list(
                 "pass the whole work list, or none of it"
             )
         check_tensor(_OP, name, tensor, shape=shape, dtypes=(dtype,), device=device)
+        tensors.append(tensor)
+    return WorkList(*tensors[1:])

@@ -95,7 +95,7 @@ def get_mla_metadata_info_v1(
         batch_size,
         max_seqlen_qo,
         num_head_qo,
-        profile=_profile(),
+        profile=planning_profile(),
         q_dtype=dtype_name(q_dtype),
         kv_dtype=dtype_name(kv_dtype),
         is_sparse=is_sparse,
@@ -212,7 +212,7 @@ def get_mla_metadata_v1(
             kv_last_page_lens,
             num_heads=num_heads_per_head_k,
             max_seqlen_qo=max_seqlen_qo,
-            profile=_profile(),
+            profile=planning_profile(),
             is_causal=is_causal,
             page_size=page_size,
             kv_granularity=kv_granularity,
@@ -228,7 +228,7 @@ def get_mla_metadata_v1(
         work = plan_v1_2(
             *indices,
             num_heads=num_heads_per_head_k,
-            profile=_profile(),
+            profile=planning_profile(),
             is_causal=is_causal,
             page_size=page_size,
             kv_granularity=kv_granularity,
@@ -245,7 +245,7 @@ def get_mla_metadata_v1(
         work = plan_v1_0(
             *indices,
             num_heads=num_heads_per_head_k,
-            profile=_profile(),
+            profile=planning_profile(),
             is_causal=is_causal and not is_cp_round_robin,
             page_size=page_size,
             kv_granularity=kv_granularity,
@@ -261,7 +261,7 @@ def get_mla_metadata_v1(
         work = plan_v1_1(
             *indices,
             num_heads=num_heads_per_head_k,
-            profile=_profile(),
+            profile=planning_profile(),
             is_causal=is_causal and not is_cp_round_robin,
             page_size=page_size,
             kv_granularity=kv_granularity,
@@ -292,7 +292,11 @@ def get_ps_metadata_info_v1(
     LayoutError
     """
     sizes = prefill_sizes(
-        batch_size, num_head_k, max_qlen, profile=_profile(), qlen_granularity=qlen_granularity
+        batch_size,
+        num_head_k,
+        max_qlen,
+        profile=planning_profile(),
+        qlen_granularity=qlen_granularity,
     )
     return _info(sizes)
 
@@ -348,7 +352,7 @@ def get_ps_metadata_v1(
         seqlens_qo_indptr.cpu(),
         pages_kv_indptr.cpu(),
         context_lens.cpu(),
-        profile=_profile(),
+        profile=planning_profile(),
         gqa_ratio=gqa_ratio,
         num_heads_k=num_heads_k,
         qhead_granularity=qhead_granularity,
@@ -435,7 +439,7 @@ def decode_update_mla_metadata_v1(
         buffers,
         seqlens_kv_indptr,
         num_heads=num_heads_per_head_k,
-        profile=_profile(),
+        profile=planning_profile(),
         max_seqlen_qo=max_seqlen_qo,
         q_dtype=dtype_name(dtype_q),
         kv_dtype=dtype_name(dtype_kv),
@@ -448,7 +452,8 @@ def _plans_on_device(index: torch.Tensor) -> bool:
     return index.device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def _profile() -> DeviceProfile:
+def planning_profile() -> DeviceProfile:
+    """Return the machine that lists are made for: that of `planning_for`, else this one."""
     chosen = _PROFILE.get()
     if chosen is not None:
         return chosen
