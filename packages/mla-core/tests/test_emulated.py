@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mla_core.metadata import DeviceProfile, WorkList, decode_sizes, plan_v1_2, plan_v1_2_device
-from mla_core.reduce import LseBase, reduce_partials
+from mla_core.reduce import LseBase, reduce_partials, reduce_tiles
 from mla_core.testing.assertions import assert_close
 from mla_core.testing.poison import poison_
 
@@ -56,6 +56,33 @@ def test_reduce(emulated_triton, rng, arch, out_dtype, with_sink, base):
     assert [result.instructions > 0 for result in results] == [True]
     assert_close(out, expected_out, what="out")
     assert_close(lse, expected_lse, what="lse")
+
+
+@archs
+def test_reduce_tiles_of_folded_heads(emulated_triton, rng, arch):
+    partial_out, partial_lse, _ = partials(rng, (30,), num_heads=2)
+    sink = torch.randn(6, generator=rng)
+    arguments = {
+        "reduce_indptr": torch.tensor([0, 2, 2, 5], dtype=torch.int32),
+        "final_map": torch.tensor([[0, 2], [2, 4], [9, 12]], dtype=torch.int32),
+        "partial_map": torch.tensor([3, 20, 0, 8, 12], dtype=torch.int32),
+        "max_tile_rows": 3,
+        "sink": sink,
+        "fold": 3,
+        "qo_indptr": torch.tensor([0, 2, 2, 5], dtype=torch.int32),
+    }
+    expected, got = (
+        (torch.full((5, 6, 512), 7.0, dtype=torch.bfloat16), torch.full((5, 6), 7.0))
+        for _ in range(2)
+    )
+    tensors = partial_out, partial_lse
+    reduce_tiles(*tensors, **arguments, out=expected[0], lse=expected[1], backend="torch")
+    results = emulated_triton(arch, REDUCE)
+    reduce_tiles(*tensors, **arguments, out=got[0], lse=got[1], backend="triton")
+    assert [result.instructions > 0 for result in results] == [True]
+    assert_close(got[0], expected[0], what="out")
+    assert_close(got[1], expected[1], what="lse")
+    assert torch.equal(got[1] == 7, expected[1] == 7)
 
 
 @pytest.mark.skipif(not SECOND_TRITON.is_dir(), reason=f"no Triton in {SECOND_TRITON}")

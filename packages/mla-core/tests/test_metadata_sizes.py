@@ -6,12 +6,13 @@ import pytest
 
 from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.metadata import DeviceProfile, WorkList, decode_sizes, prefill_sizes
-from mla_core.metadata.tiling import Shape, buffer_tiles, head_tiling, workgroups_per_cu
+from mla_core.metadata.tiling import HeadTiling, Shape, buffer_tiles, head_tiling, workgroups_per_cu
 
 GFX942 = DeviceProfile("gfx942", 304)
 GFX950 = DeviceProfile("gfx950", 256)
 GFX942_EXP = DeviceProfile("gfx942", 304, experimental=True)
 GFX950_EXP = DeviceProfile("gfx950", 256, experimental=True)
+FOUR_TOKENS = HeadTiling(1, 20, 80, one_tile=False)
 FP8 = {"q_dtype": "fp8_e4m3fnuz", "kv_dtype": "fp8_e4m3fnuz"}
 
 
@@ -45,6 +46,21 @@ def _lengths(sizes):
         (
             decode_sizes(1, 1, 64, profile=GFX950_EXP, **FP8),
             (512, 512, 1, 512),
+        ),
+        # a tiling of one's own: 3 requests of up to 9 / 4 tiles; cuts at 3 boundaries
+        (
+            decode_sizes(3, 9, 20, profile=DeviceProfile("any", 4), tiling=FOUR_TOKENS),
+            (4, 12, 9, 6),
+        ),
+        (
+            decode_sizes(1, 1, 20, profile=DeviceProfile("any", 4), tiling=FOUR_TOKENS),
+            (4, 4, 1, 4),
+        ),
+        (
+            decode_sizes(
+                2, 3, 20, profile=DeviceProfile("any", 4), tiling=FOUR_TOKENS, is_sparse=True
+            ),
+            (4, 9, 6, 6),
         ),
         (prefill_sizes(1, 1, 600, profile=DeviceProfile("gfx950", 4)), (4, 12, 3, 12)),
         (prefill_sizes(9, 6, 256, profile=DeviceProfile("gfx950", 4)), (4, 60, 9, 2)),
@@ -161,3 +177,21 @@ def test_two_workgroups_per_unit_only_when_experimental():
 def test_bad_input(call, message):
     with pytest.raises(LayoutError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        HeadTiling(1, 20, 80, one_tile=False),
+        HeadTiling(1, 20, 64, one_tile=False),
+        HeadTiling(1, 40, 64, one_tile=False),
+        HeadTiling(3, 16, 128, one_tile=False),
+        HeadTiling(1, 16, 128, one_tile=True),
+    ],
+)
+def test_bounds_of_a_tiling_hold_for_every_shorter_request(tiling):
+    for longest in range(20):
+        tiles = [tiling.num_tiles(q_len) for q_len in range(longest + 1)]
+        assert max(tiles) <= tiling.max_tiles(longest)
+        tokens = [-(-q_len // count) for q_len, count in enumerate(tiles) if count]
+        assert max(tokens, default=0) <= tiling.max_tile_tokens(longest)

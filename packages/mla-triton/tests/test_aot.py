@@ -55,11 +55,14 @@ def test_every_configuration_compiles(arch):
     jobs = []
     for row in rows:
         widest = row.when.get("kv_lora_rank", {"max": 1024})["max"]
-        for q_dtype, kv_dtype, scales, page_size in jobs_of(row.when):
+        asked = jobs_of(row.when)
+        kernels = ["decode"] * len(asked) + ["decode_worklist"]
+        for kernel, job in zip(kernels, [*asked, asked[-1]], strict=True):
+            q_dtype, kv_dtype, scales, page_size = job
             jobs.append(
                 {
                     "arch": arch,
-                    "kernel": "decode",
+                    "kernel": kernel,
                     "q_dtype": q_dtype,
                     "kv_dtype": kv_dtype,
                     "scales": scales,

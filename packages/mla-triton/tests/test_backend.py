@@ -17,6 +17,7 @@ from mla_triton import backend
 ROWS = backend.BACKEND.capabilities
 GPU_ROWS = [row for row in ROWS if "cpu" not in row.archs]
 CPU_ROWS = [row for row in ROWS if "cpu" in row.archs]
+PERSISTENT_ROWS = [row for row in GPU_ROWS if "persistent" in row.features]
 FP8 = {"kv_dtype": "fp8_e4m3"}
 FNUZ = {"kv_dtype": "fp8_e4m3fnuz"}
 
@@ -87,6 +88,15 @@ def test_cpu_rows_are_for_those_who_name_them():
     assert not any(row.automatic for row in CPU_ROWS)
     assert CPU_ROWS[0].why_not(problem(arch="cpu")) == []
     assert {proof.level for row in CPU_ROWS for proof in row.verified} == {"interpreted"}
+
+
+def test_persistent_rows_are_for_those_who_ask():
+    asked = problem(features=frozenset({"persistent", "lse"}))
+    first = next(row for row in ROWS if not row.why_not(problem()))
+    assert "persistent" not in first.features
+    assert {row.kernel for row in ROWS if not row.why_not(asked)} == {"flash_decode_worklist"}
+    invariant = problem(features=frozenset({"persistent", "batch_invariant"}))
+    assert all(row.why_not(invariant) for row in PERSISTENT_ROWS)
 
 
 def test_every_architecture_has_evidence_and_a_table():

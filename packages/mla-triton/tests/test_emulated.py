@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from mla_core import layouts
+from mla_core.dims import MLADims
+from mla_core.metadata import DeviceProfile, plan_v1_2
+from mla_core.metadata.worklist import KV_END, KV_START
+from mla_core.plan import AttentionOptions, plan_decode
+from mla_core.testing.cases import DecodeCase
 from mla_core.testing.conformance import check_decode, decode_cases
 from mla_core.testing.emulation import emulated_triton
 
@@ -14,7 +22,24 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 DECODE = "mla_triton.kernels.decode:decode_kernel"
+WORKLIST = "mla_triton.kernels.decode_worklist:decode_worklist_kernel"
 ARCHS = ("gfx942", "gfx950")
+#: Each differs from the others in what the persistent kernel adds, or in what it shares.
+PERSISTENT_CASES = (
+    DecodeCase("pieces", (700, 0, 33, 5), (2, 1, 4, 1), dims=MLADims(5), page_size=1, seed=1),
+    DecodeCase("pages", (900, 17, 0), dims=MLADims(16), page_size=64, has_sink=True, seed=2),
+    DecodeCase(
+        "masks",
+        (600, 100, 9),
+        (3, 2, 1),
+        dims=MLADims(20, 256, 32),
+        page_size=3,
+        options=AttentionOptions(window=200, softcap=3.0),
+        has_sink=True,
+        seed=3,
+    ),
+    DecodeCase("fp32", (400, 31), dims=MLADims(3, 64, 32), layout="fp32", q_dtype="fp32", seed=4),
+)
 
 
 def covering(cases):
@@ -48,3 +73,59 @@ def test_conformance(arch, case):
     print(f"{len(results)} launches, {instructions} wave-instructions")
     # Machine code ran, unless the case has nothing to do.
     assert bool(instructions) == bool(sum(case.query_lens))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("case", PERSISTENT_CASES, ids=str)
+def test_persistent(arch, case):
+    with emulated_triton(arch, WORKLIST) as results:
+        check_decode("triton", case, persistent=True, fixed_lengths=True)
+    assert [result.instructions > 0 for result in results] == [True, True]  # works, then the merge
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_list_of_the_device(arch):
+    """The interpreter makes the list: only a later Triton compiles the planner rightly."""
+    with emulated_triton(arch, WORKLIST) as results:
+        check_decode("triton", PERSISTENT_CASES[0], persistent=True)
+    assert [result.instructions > 0 for result in results] == [True, True]
+
+
+def test_folded_list_of_the_caller():
+    """48 heads in three groups, as lists for gfx942 have them; no work for the empty request."""
+    case = DecodeCase(
+        "folded", (500, 0, 70), (3, 1, 2), dims=MLADims(48, 64, 32), has_sink=True, seed=5
+    )
+    inputs = case.build()
+    with emulated_triton("gfx942", WORKLIST) as results:
+        work = plan_v1_2(
+            inputs.qo_indptr,
+            inputs.kv.kv_indptr,
+            inputs.kv.kv_last_page_len,
+            num_heads=48,
+            profile=DeviceProfile("gfx942", 7),
+            page_size=16,
+            kv_granularity=1,
+            max_seqlen_qo=3,
+        )
+        keep = work.work_info[:, KV_END] > work.work_info[:, KV_START]
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), keep.long().cumsum(0)])
+        listed = replace(
+            work,
+            work_info=work.work_info[keep].contiguous(),
+            work_indptr=before[work.work_indptr.long()].int(),
+        )
+
+        def follow(plan):
+            return plan_decode(
+                case.dims,
+                inputs.qo_indptr,
+                inputs.kv,
+                has_sink=True,
+                work_list=listed,
+                work_list_fold=3,
+                backend="triton",
+            )
+
+        check_decode("triton", case, inputs=inputs, replan=follow)
+    assert [result.instructions > 0 for result in results] == [True, True]

@@ -10,7 +10,7 @@ import torch
 from mla_core.batch import PagedKV, indptr_of, pages_of
 from mla_core.cache import LatentCache
 from mla_core.dims import MLADims
-from mla_core.ops import decode
+from mla_core.ops import decode, replan
 from mla_core.plan import plan_decode
 from mla_core.reference import attention
 from mla_core.testing.assertions import TOLERANCES, assert_close
@@ -143,6 +143,76 @@ def test_graph_replays_with_changed_lengths(num_kv_splits):
         poison_(lse)
         graph.replay()
         check((out, lse), truth(ql_nope, q_pe, kv, qo_indptr, DIMS.sm_scale))
+
+
+@pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_graph_makes_its_work_list_again(num_heads, page_size):
+    """Capture planning on the device with two layers, then change lengths in place and replay."""
+    dims = MLADims(num_heads)
+    batch = random_batch([700, 3000, 2000, 1], [2, 1, 2, 2], dims, page_size)
+    ql_nope, q_pe, kv, qo_indptr = batch
+    bounds = {"total_q": 7, "max_seqlen_q": 3, "max_seqlen_k": 4096}
+    plan = plan_decode(dims, qo_indptr, kv, persistent=True, backend="triton", **bounds)
+    out = poison_(torch.empty(2, 7, num_heads, 512, dtype=torch.bfloat16, device="cuda"))
+    lse = poison_(torch.empty(2, 7, num_heads, device="cuda"))
+
+    def step():
+        replan(plan, kv)
+        for layer in range(2):
+            decode(ql_nope, q_pe, kv, plan, sm_scale=DIMS.sm_scale, out=out[layer], lse=lse[layer])
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for kv_lens, q_lens in (
+        ([700, 3000, 2000, 1], [2, 1, 2, 2]),
+        ([100, 2900, 0, 1], [1, 3, 1, 2]),
+        ([3000, 20, 2000, 641], [3, 0, 3, 1]),
+        ([0, 0, 0, 1], [2, 1, 2, 2]),
+        ([1, 5700, 0, 3], [1, 3, 2, 1]),
+    ):
+        refill(kv, kv_lens)
+        qo_indptr.copy_(indptr_of(torch.tensor(q_lens, dtype=torch.int32)))
+        ql_nope.copy_(torch.randn_like(ql_nope))
+        poison_(out)
+        poison_(lse)
+        graph.replay()
+        expected = truth(ql_nope, q_pe, kv, qo_indptr, DIMS.sm_scale)
+        for layer in range(2):
+            check((out[layer], lse[layer]), expected)
+
+
+@pytest.mark.parametrize("fixed_lengths", [True, False], ids=["host", "device"])
+@pytest.mark.parametrize("num_heads", [1, 16, 20, 64, 128])
+@pytest.mark.parametrize("q_len", [1, 4])
+def test_work_lists_of_a_long_ragged_batch(fixed_lengths, num_heads, q_len):
+    dims = MLADims(num_heads)
+    kv_lens = [5000, 1, 0, 4097, 63, 64, 65, 40000]
+    ql_nope, q_pe, kv, qo_indptr = random_batch(kv_lens, [q_len] * 8, dims)
+    plan = plan_decode(
+        dims, qo_indptr, kv, persistent=True, fixed_lengths=fixed_lengths, backend="triton"
+    )
+    runs = [
+        decode(ql_nope, q_pe, kv, plan, sm_scale=dims.sm_scale, return_lse=True) for _ in range(3)
+    ]
+    check(runs[0], truth(ql_nope, q_pe, kv, qo_indptr, dims.sm_scale))
+    for again in runs[1:]:
+        assert torch.equal(runs[0][0], again[0])
+        assert torch.equal(runs[0][1], again[1])
+
+
+def test_replanning_reads_nothing():
+    ql_nope, q_pe, kv, qo_indptr = random_batch([3000, 100], [1, 1])
+    bounds = {"total_q": 2, "max_seqlen_q": 1, "max_seqlen_k": 3000}
+    plan = plan_decode(DIMS, qo_indptr, kv, persistent=True, backend="triton", **bounds)
+    out = decode(ql_nope, q_pe, kv, plan, sm_scale=DIMS.sm_scale)  # compiles
+    with no_sync():
+        plan = plan_decode(DIMS, qo_indptr, kv, persistent=True, backend="triton", **bounds)
+        replan(plan, kv)
+        decode(ql_nope, q_pe, kv, plan, sm_scale=DIMS.sm_scale, out=out)
 
 
 def test_cache_past_4_gib_of_elements():

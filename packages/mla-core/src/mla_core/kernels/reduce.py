@@ -130,10 +130,10 @@ def reduce_partials_kernel(
             return
     out_head = head
     if FOLD > 1:
-        out_row, head_group, exists = _unfold(
+        out_row, head_group, has_request = _unfold(
             out_row, qo_indptr_ptr, batch_size, search_steps, FOLD
         )
-        if not exists:
+        if not has_request:
             return
         out_head = head_group * num_heads + head
     partial_out_ptr += head.to(tl.int64) * partial_out_stride_h

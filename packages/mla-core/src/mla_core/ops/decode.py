@@ -189,11 +189,13 @@ def _check(
             raise LayoutError(
                 f"decode: kv must have {name}={planned} like the plan, got {got}; plan again"
             )
-    promises = request.kv_lens is not None or plan.is_persistent
+    # A compiled step does not follow the list.
+    has_list = plan.is_persistent and not torch.compiler.is_compiling()
+    promises = request.kv_lens is not None or has_list
     if promises and (device.type == "cpu" or env.flag("MLA_CHECK")):
         if request.kv_lens is not None:
             _check_lengths(kv, plan)
-        if plan.is_persistent:
+        if has_list:
             _check_work_list(kv, plan)
     if (sink is not None) != ("sink" in problem.features):
         wanted = "given" if sink is None else "None"

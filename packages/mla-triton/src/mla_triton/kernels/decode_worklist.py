@@ -147,11 +147,13 @@ def decode_worklist_kernel(
         )
         # Rows of a group lie one request after another; see `_work` for what is not listed.
         group_begin = q_begin * FOLD + group % FOLD * q_len
-        q_first = tl.where(is_listed, qo_start - group_begin, 0)
-        q_end = tl.where(is_listed, qo_end - group_begin, q_len)
-        q_end = tl.minimum(q_end, tl.minimum(q_len, q_first + max_tile_tokens))
-        exists = exists & (q_first >= 0) & (is_listed | (kv_len == 0))
-        q_end = tl.where(exists, q_end, q_first)
+        qo_start = tl.where(is_listed, qo_start, group_begin)
+        qo_end = tl.minimum(tl.where(is_listed, qo_end, group_begin + q_len), group_begin + q_len)
+        exists = exists & (qo_start >= group_begin) & (is_listed | (kv_len == 0))
+        exists = exists & (qo_start < qo_end)
+        q_first = tl.where(exists, qo_start - group_begin, 0)
+        q_end = tl.where(exists, qo_end - group_begin, 0)
+        q_end = tl.minimum(q_end, q_first + max_tile_tokens)
         global_len = kv_len
         if HAS_CP:
             global_len = tl.load(global_kv_lens_ptr + group // FOLD)
@@ -173,8 +175,11 @@ def decode_worklist_kernel(
         )
         head = local_head + group % FOLD * num_heads
         # The second bound also hides that begin is a multiple, which costs ptxas 100 registers.
-        begin = tl.minimum(tl.maximum(kv_start - page_begin, 0) * PAGE_SIZE, kv_len)
-        tokens_end = tl.minimum((kv_end - page_begin) * PAGE_SIZE, kv_len)
+        num_pages = tl.cdiv(kv_len, PAGE_SIZE)
+        kv_start = tl.minimum(tl.maximum(kv_start, page_begin) - page_begin, num_pages)
+        kv_end = tl.minimum(tl.maximum(kv_end, page_begin) - page_begin, num_pages)
+        begin = tl.minimum(kv_start * PAGE_SIZE, kv_len)
+        tokens_end = tl.minimum(kv_end * PAGE_SIZE, kv_len)
         tokens_end = tl.where(is_listed, tokens_end, 0)
         begin, tokens_end, lowest = seen_range(begin, tokens_end, low, high, BLOCK_N, HAS_WINDOW)
 
@@ -247,7 +252,7 @@ def decode_worklist_kernel(
                 row = q_token * lse_stride_t + head * lse_stride_h
                 tl.store(lse_ptr + row, lse, mask=is_row)
         else:
-            partial = (partial_row + q_idx).to(tl.int64)
+            partial = partial_row.to(tl.int64) + q_idx
             is_row = is_row & (partial < num_partial_rows)
             if begin < tokens_end:
                 row = partial * partial_out_stride_t + local_head * partial_out_stride_h

@@ -223,9 +223,9 @@ def attend(
     # As in aiter, the length of the index buffer stands for the context length: it only guides
     # the number of splits.
     pages_each = -(-kv.kv_page_indices.numel() // max(kv.batch_size, 1))
-    problem = decode_problem(dims, kv, q.dtype, max_seqlen_q, {"lse", *options.features})
     backend, fold = None, 1
     if work_list is not None:
+        problem = decode_problem(dims, kv, q.dtype, max_seqlen_q, {"lse", *options.features})
         backend = _follower(problem)
         if backend is None:
             work_list = None
