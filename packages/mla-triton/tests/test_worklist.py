@@ -95,9 +95,10 @@ def i32(values):
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("fixed_lengths", [True, False], ids=["host", "device"])
 @pytest.mark.parametrize("case", decode_cases("triton", arch_of(DEVICE), PERSISTENT), ids=str)
-def test_conformance(case, fixed_lengths):
+def test_conformance(case):
+    # Both planners make the same list, as another test shows: half the cases for each.
+    fixed_lengths = case.seed % 2 == 0
     check_decode("triton", case, DEVICE, persistent=True, fixed_lengths=fixed_lengths)
 
 
