@@ -12,6 +12,7 @@ from triton.compiler import ASTSource
 from mla_core.kernels.reduce import reduce_partials_kernel
 from mla_triton.kernels.decode import decode_kernel
 from mla_triton.kernels.decode_worklist import decode_worklist_kernel
+from mla_triton.kernels.rope import rotate_keys_kernel
 
 TARGETS = {
     "sm90": GPUTarget("cuda", 90, 32),
@@ -21,6 +22,7 @@ TARGETS = {
 KERNELS = {
     "decode": decode_kernel,
     "decode_worklist": decode_worklist_kernel,
+    "rotate": rotate_keys_kernel,
     "reduce": reduce_partials_kernel,
 }
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "v_mfma")
@@ -39,6 +41,20 @@ def constants(job):
             "HAS_SINK": True,
             "IS_BASE_TWO": False,
             "FOLD": 1,
+        }
+    if job["kernel"] == "rotate":
+        return {
+            "R": 64,
+            "BLOCK_R": 64,
+            "BLOCK_P": 32,
+            "PAGE_SIZE": 64,
+            "OFFSET": 0,
+            "ROTARY": 64,
+            "IS_NEOX": False,
+            "HAS_CP": False,
+            "HAS_SCALE": job["scales"] == "tensor",
+            "HAS_TOKENS": True,
+            "WRITE_BACK": job["write_back"],
         }
     rank = job["kv_lora_rank"]
     groups = {"token": 1, "group128": rank // 128, "group32": rank // 32}.get(job["scales"], 0)
@@ -62,6 +78,10 @@ def constants(job):
         "HAS_SINK": False,
         "HAS_SOFTCAP": False,
         "HAS_WINDOW": False,
+        "ROTARY": 64 if job.get("rope") else 0,
+        "ROPE_OFFSET": 0,
+        "IS_NEOX": job.get("rope") == "neox",
+        "NEW_KEYS": 0 if not job.get("rope") else 2 if job["arch"].startswith("gfx") else 1,
     }
 
 
@@ -70,14 +90,18 @@ def type_of(name, job):
         return "*" + job["q_dtype"]
     if name == "kv_c_ptr":
         return "*" + job["kv_dtype"]
-    if name == "k_pe_ptr":
+    if name in ("k_pe_ptr", "new_keys_ptr"):
         # Scales in the page go with bf16 rotary keys.
         return "*" + (job["kv_dtype"] if job["scales"] in ("none", "tensor") else "bf16")
     if name == "kv_scale_ptr" and job["scales"] == "group32":
         return "*u8"
-    if name.startswith(("kv_scale", "q_scale", "out", "lse", "sink", "partial")) and name.endswith(
-        "_ptr"
-    ):
+    if name == "tokens_ptr":
+        return "*bf16"
+    if name == "positions_ptr":
+        return "*i64"
+    if name.startswith(
+        ("kv_scale", "k_pe_scale", "q_scale", "cos_sin", "out", "lse", "sink", "partial")
+    ) and name.endswith("_ptr"):
         return "*fp32"
     if name.endswith("_ptr"):
         return "*i32"

@@ -57,21 +57,35 @@ def test_every_configuration_compiles(arch):
         widest = row.when.get("kv_lora_rank", {"max": 1024})["max"]
         asked = jobs_of(row.when)
         kernels = ["decode"] * len(asked) + ["decode_worklist"]
-        for kernel, job in zip(kernels, [*asked, asked[-1]], strict=True):
-            q_dtype, kv_dtype, scales, page_size = job
+        for kernel, wanted in zip(kernels, [*asked, asked[-1]], strict=True):
+            q_dtype, kv_dtype, scales, page_size = wanted
+            job = {
+                "arch": arch,
+                "kernel": kernel,
+                "q_dtype": q_dtype,
+                "kv_dtype": kv_dtype,
+                "scales": scales,
+                "kv_lora_rank": widest,
+                "page_size": page_size,
+                **row.config.launch,
+            }
+            jobs.append(job)
+            if scales == "none" and (page_size == 1 or kernel == "decode_worklist"):
+                jobs.append(job | {"rope": "gptj"})
+    jobs.append({"arch": arch, "kernel": "reduce"})
+    fp8 = FP8["fp8_e4m3fnuz" if arch == "gfx942" else "fp8_e4m3"]
+    for kv_dtype, scales in (("bf16", "none"), ("fp32", "none"), (fp8, "tensor")):
+        for write_back in (False, True):
             jobs.append(
                 {
                     "arch": arch,
-                    "kernel": kernel,
-                    "q_dtype": q_dtype,
+                    "kernel": "rotate",
                     "kv_dtype": kv_dtype,
                     "scales": scales,
-                    "kv_lora_rank": widest,
-                    "page_size": page_size,
-                    **row.config.launch,
+                    "write_back": write_back,
+                    "num_warps": 1,
                 }
             )
-    jobs.append({"arch": arch, "kernel": "reduce"})
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), json.dumps(jobs)],

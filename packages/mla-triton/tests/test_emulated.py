@@ -12,6 +12,7 @@ from mla_core.dims import MLADims
 from mla_core.metadata import DeviceProfile, plan_v1_2
 from mla_core.metadata.worklist import KV_END, KV_START
 from mla_core.plan import AttentionOptions, plan_decode
+from mla_core.rope import FusedRope
 from mla_core.testing.cases import DecodeCase
 from mla_core.testing.conformance import check_decode, decode_cases
 from mla_core.testing.emulation import emulated_triton
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 DECODE = "mla_triton.kernels.decode:decode_kernel"
 WORKLIST = "mla_triton.kernels.decode_worklist:decode_worklist_kernel"
+ROTATE = "mla_triton.kernels.rope:rotate_keys_kernel"
 ARCHS = ("gfx942", "gfx950")
 #: Each differs from the others in what the persistent kernel adds, or in what it shares.
 PERSISTENT_CASES = (
@@ -46,9 +48,15 @@ def covering(cases):
     """Return the cases with anything new in them: a situation, a format, or widths and scales."""
     seen, chosen = set(), []
     for case in cases:
-        dims = case.dims
+        dims, rope = case.dims, case.options.rope
+        situation = (case.name, dims.num_heads, case.num_kv_splits, case.options)
+        if rope is not None:
+            # A rotation ends before the loop over keys, so one case of each kind will do.
+            stored_as = layouts.get(case.layout).rope.dtype
+            kind = (rope.is_neox, rope.write_back, rope.dim_offset > 0, stored_as)
+            situation = ("rope", *kind, "cp_round_robin" in case.options.features)
         new = {
-            (case.name, dims.num_heads, case.num_kv_splits, case.options),
+            situation,
             (case.q_dtype, case.layout),
             (layouts.get(case.layout).scale_kind, dims.kv_lora_rank, dims.qk_rope_head_dim),
         } - seen
@@ -67,7 +75,7 @@ def covering(cases):
     ],
 )
 def test_conformance(arch, case):
-    with emulated_triton(arch, DECODE) as results:
+    with emulated_triton(arch, DECODE, ROTATE) as results:
         check_decode("triton", case)
     instructions = sum(result.instructions for result in results)
     print(f"{len(results)} launches, {instructions} wave-instructions")
@@ -81,6 +89,16 @@ def test_persistent(arch, case):
     with emulated_triton(arch, WORKLIST) as results:
         check_decode("triton", case, persistent=True, fixed_lengths=True)
     assert [result.instructions > 0 for result in results] == [True, True]  # works, then the merge
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("write_back", [False, True])
+def test_persistent_with_fused_rope(arch, write_back):
+    options = AttentionOptions(rope=FusedRope(False, 32, write_back=write_back))
+    case = DecodeCase("rope", (500, 0, 33, 2), (2, 1, 4, 3), MLADims(5, 64, 32), options=options)
+    with emulated_triton(arch, WORKLIST, ROTATE) as results:
+        check_decode("triton", case, persistent=True, fixed_lengths=True)
+    assert [result.instructions > 0 for result in results] == [True] * 3
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -5,5 +5,6 @@ Triton.
 """
 
 from mla_triton.__about__ import __version__
+from mla_triton.mla_decode_rope import decode_attention_fwd_grouped_rope
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "decode_attention_fwd_grouped_rope"]

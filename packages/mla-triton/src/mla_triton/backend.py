@@ -23,7 +23,7 @@ _GFX942, _GFX950 = (
     for arch in ("gfx942", "gfx950")
 )
 _FEATURES = frozenset({"lse", "non_causal", "window", "softcap", "sink", "batch_invariant"})
-_CP_FEATURES = _FEATURES | {"cp_round_robin"}
+_ALL_FEATURES = _FEATURES | {"cp_round_robin", "rope", "rope_write_back"}
 _FLOATS = frozenset({"bf16", "fp16", "fp32"})
 _DECODE = Capability(
     op="decode",
@@ -41,14 +41,14 @@ _DECODE = Capability(
     features=_FEATURES,
     verified=(_RAN, _GFX942, _GFX950),
 )
-_DECODE_CP = replace(_DECODE, features=_CP_FEATURES, verified=(_COMPILED, _GFX942, _GFX950))
+_DECODE_ALL = replace(_DECODE, features=_ALL_FEATURES, verified=(_COMPILED, _GFX942, _GFX950))
 _DECODE_FP8 = replace(
     _DECODE,
     archs=GPU_ARCHS - {"gfx942"},
     q_dtypes=_FLOATS | {"fp8_e4m3"},
     kv_dtypes=frozenset({"fp8_e4m3"}),
     same_dtypes=False,
-    features=_CP_FEATURES,
+    features=_ALL_FEATURES,
     layouts=frozenset({"standard", "seg576", "seg644", "seg656", "ds656", "ds32"}),
     verified=(_COMPILED, _GFX950),
 )
@@ -72,8 +72,8 @@ def _persistent(row: Capability) -> Capability:
 
 
 _GPU_ROWS = (
-    *(_DECODE, _DECODE_CP, _DECODE_FP8, _DECODE_FNUZ),
-    *map(_persistent, (_DECODE_CP, _DECODE_FP8, _DECODE_FNUZ)),
+    *(_DECODE, _DECODE_ALL, _DECODE_FP8, _DECODE_FNUZ),
+    *map(_persistent, (_DECODE_ALL, _DECODE_FP8, _DECODE_FNUZ)),
 )
 
 

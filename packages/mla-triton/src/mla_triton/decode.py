@@ -12,6 +12,8 @@ from mla_core.dtypes import itemsize
 from mla_core.errors import UnsupportedProblemError
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule, bind_schedule
 from mla_core.reduce import reduce_partials
+from mla_core.rope import RopeInputs
+from mla_triton import rope as fused_rope
 from mla_triton import tuning, worklist
 from mla_triton.arguments import power_of_two, scale_group_of, scales_of
 from mla_triton.splits import INVARIANT_SPLITS, choose_splits
@@ -67,7 +69,7 @@ def make_schedule(request: PlanRequest, config: tuning.DecodeConfig) -> Schedule
         num_kv_splits=num_splits,
         because=because,
         config=config.launch | {"split_blocks": split_blocks},
-        workspace=workspace,
+        workspace=workspace | fused_rope.workspace(request),
     )
 
 
@@ -98,6 +100,7 @@ def decode(
     sink: torch.Tensor | None = None,
     q_scale: torch.Tensor | None = None,
     global_kv_lens: torch.Tensor | None = None,
+    rope: RopeInputs | None = None,
 ) -> None:
     """Write ``out`` and ``lse`` for every query token; see `mla_core.decode`.
 
@@ -106,6 +109,8 @@ def decode(
     Reads every length on the device: no sync and no allocation, so a captured graph replays with
     other lengths. Query rows past ``qo_indptr[-1]`` are left as they are, or hold leftovers.
     """
+    if rope is not None:
+        fused_rope.rotate_keys(kv, plan, rope, global_kv_lens)
     if plan.is_persistent:
         worklist.decode(
             ql_nope,
@@ -118,6 +123,7 @@ def decode(
             sink=sink,
             q_scale=q_scale,
             global_kv_lens=global_kv_lens,
+            rope=rope,
         )
         return
     num_splits = plan.num_kv_splits
@@ -145,6 +151,8 @@ def decode(
         max_seqlen_q=plan.request.max_seqlen_q,
         options=plan.options,
         schedule=plan.schedule,
+        rope=rope,
+        new_keys=plan.workspace.get("new_keys"),
     )
     if num_splits > 1:
         reduce_partials(
@@ -177,6 +185,8 @@ def launch_decode(
     max_seqlen_q: int,
     options: AttentionOptions,
     schedule: Schedule,
+    rope: RopeInputs | None = None,
+    new_keys: torch.Tensor | None = None,
 ) -> None:
     """Launch the decode kernel over plain tensors; the caller has checked them.
 
@@ -192,6 +202,11 @@ def launch_decode(
     q_scale : [1], fp32, or None
     global_kv_lens : [batch_size], int32, or None
         For context parallelism, as ``options`` says.
+    rope : RopeInputs, or None
+        For the rotation of ``options``: the kernel rotates the queries.
+    new_keys : [total_q, rope], dtype of ``k_pe``, or None
+        Rotated keys of the query tokens, where ``k_pe`` does not hold them; see
+        `mla_triton.rope.rotate_keys`.
     """
     # Imported at the first launch: Triton costs a second and may be absent.
     from mla_triton.kernels.decode import decode_kernel
@@ -236,13 +251,12 @@ def launch_decode(
         *kv_c.stride()[:2],
         *k_pe.stride()[:2],
         *scale_strides,
+        *fused_rope.kernel_arguments(options, rope, new_keys, unused),
         D=kv_lora_rank,
         R=q_pe.shape[-1],
         BLOCK_D=block_d,
         BLOCK_R=power_of_two(q_pe.shape[-1]),
         PAGE_SIZE=page_size,
-        # Triton finds out by itself whether strides are multiples of 16.
-        ROPE_ALIGN=math.gcd(8, *k_pe.stride()[:2]),
         SCALE_GROUP=scale_group,
         HAS_KV_SCALE=kv_scale is not None and not scale_group,
         HAS_Q_SCALE=q_scale is not None,
@@ -252,6 +266,7 @@ def launch_decode(
         HAS_SINK=sink is not None,
         HAS_SOFTCAP=options.softcap > 0,
         HAS_WINDOW=options.window is not None,
+        **fused_rope.kernel_constants(options, k_pe, new_keys),
         **config,
     )
 

@@ -15,6 +15,8 @@ from mla_core.metadata.tiling import HeadTiling
 from mla_core.metadata.v1_2 import overhead_blocks
 from mla_core.plan import DecodePlan, PlanRequest, Schedule, tables_of
 from mla_core.reduce import reduce_tiles
+from mla_core.rope import RopeInputs
+from mla_triton import rope as fused_rope
 from mla_triton import tuning
 from mla_triton.arguments import power_of_two, scale_group_of, scales_of
 
@@ -128,6 +130,7 @@ def decode(
     sink: torch.Tensor | None,
     q_scale: torch.Tensor | None,
     global_kv_lens: torch.Tensor | None,
+    rope: RopeInputs | None,
 ) -> None:
     """Run a persistent plan: the works of its list, then the merge of tiles that were cut."""
     # Imported at the first launch: Triton costs a second and may be absent.
@@ -146,6 +149,7 @@ def decode(
     kv_c, k_pe, kv_scale = kv.cache.field("kv_c"), kv.cache.field("k_pe"), scales_of(kv.cache)
     block_d = power_of_two(dims.kv_lora_rank)
     scale_group, scale_strides = scale_group_of(kv_scale, dims.kv_lora_rank, block_d)
+    new_keys = plan.workspace.get("new_keys")
     partial_out = plan.workspace.get("partial_out")
     partial_lse = plan.workspace.get("partial_lse")
     if partial_out is not None and lse is None:
@@ -190,13 +194,12 @@ def decode(
         *kv_c.stride()[:2],
         *k_pe.stride()[:2],
         *scale_strides,
+        *fused_rope.kernel_arguments(options, rope, new_keys, unused),
         D=dims.kv_lora_rank,
         R=dims.qk_rope_head_dim,
         BLOCK_D=block_d,
         BLOCK_R=power_of_two(dims.qk_rope_head_dim),
         PAGE_SIZE=kv.page_size,
-        # Triton finds out by itself whether strides are multiples of 16.
-        ROPE_ALIGN=math.gcd(8, *k_pe.stride()[:2]),
         SCALE_GROUP=scale_group,
         HAS_KV_SCALE=kv_scale is not None and not scale_group,
         HAS_Q_SCALE=q_scale is not None,
@@ -206,6 +209,7 @@ def decode(
         HAS_SINK=sink is not None,
         HAS_SOFTCAP=options.softcap > 0,
         HAS_WINDOW=options.window is not None,
+        **fused_rope.kernel_constants(options, k_pe, new_keys),
         FOLD=fold,
         # Other planners may leave out requests without keys; ours give each a work.
         FILLS_EMPTY=plan.request.work_list is not None,
@@ -238,10 +242,11 @@ def _config(config: tuning.DecodeConfig, num_workers: int, tile_tokens: int) -> 
 def _workspace(
     request: PlanRequest, num_rows: int, heads: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    keys = fused_rope.workspace(request)
     if not num_rows:
-        return {}
+        return keys
     dims = request.problem.dims
-    return {
+    return keys | {
         "partial_out": ((num_rows, heads, dims.value_dim), torch.float32),
         "partial_lse": ((num_rows, heads), torch.float32),
         # The merge writes a log-sum-exp whether or not the caller wants it.

@@ -45,8 +45,9 @@ def decode(
         Query after absorbing W_UK.
     q_pe : [total_q, num_heads, qk_rope_head_dim], like ``ql_nope``
         Rotated query part; width 0 for models without rope. With a plan whose options have a
-        `mla_core.FusedRope`, not rotated yet, as the ``k_pe`` of each request's newest ``q_len``
-        keys, which are those of its query tokens. Their slots must belong to no other request.
+        `mla_core.rope.FusedRope`, not rotated yet, as the ``k_pe`` of each request's newest
+        ``q_len`` keys, which are those of its query tokens; their slots must belong to no other
+        request.
     kv : PagedKV
         The batch the plan was made for, or another of the same size and layout.
     plan : DecodePlan

@@ -144,12 +144,22 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    ROPE_ALIGN: tl.constexpr,  # a common divisor of the strides of k_pe
+    ROPE_ALIGN: tl.constexpr,  # divides the strides of k_pe and how far the new keys are from it
     SCALE_GROUP: tl.constexpr,  # neighbours that share a scale in the cache; 0 for none there
     HAS_KV_SCALE: tl.constexpr,  # one scale for latents and rotary keys of the whole cache
     HAS_Q_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    # Where the rotary parts of the newest tokens are: 0 in the cache, else in new_keys, which is
+    # read 1 as if it were part of the cache or 2 by loads of its own. The first costs nothing, but
+    # AMD's compiler relies on offsets of 32 bits from a pointer of less than 2 GiB.
+    NEW_KEYS: tl.constexpr = 0,
+    new_keys_ptr=None,  # [total_q, R], dtype of the cache
+    new_keys_stride_t=0,  # elements
+    q_begin=0,  # first query token of the request
+    first_newest=0,  # from `newest_tokens`
+    newest_step=1,
+    newest_base=0,
 ):
     """Return acc [M, BLOCK_D], m [M] and denom [M], all fp32, over the tokens of [begin, end).
 
@@ -165,6 +175,12 @@ def attend(
     # No change, but the compiler then knows how wide it may load.
     k_pe_stride_p = k_pe_stride_p // ROPE_ALIGN * ROPE_ALIGN
     k_pe_stride_t = k_pe_stride_t // ROPE_ALIGN * ROPE_ALIGN
+    if NEW_KEYS == 1:
+        # Elements from one pointer to the other.
+        to_new_keys = new_keys_ptr.to(tl.int64) - k_pe_ptr.to(tl.int64)
+        to_new_keys = to_new_keys // (k_pe_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        to_new_keys = to_new_keys // ROPE_ALIGN * ROPE_ALIGN
+        new_keys_stride_t = new_keys_stride_t // ROPE_ALIGN * ROPE_ALIGN
     r = tl.arange(0, BLOCK_R)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     denom = tl.zeros([BLOCK_M], tl.float32)
@@ -194,11 +210,28 @@ def attend(
         )
         s = tl.dot(ql_nope, tl.trans(kv_c), input_precision="ieee")  # [M, N]
         if R > 0:
+            k_pe_row = page * k_pe_stride_p + offset * k_pe_stride_t
+            is_read = is_live
+            if NEW_KEYS > 0:
+                is_newest = token >= first_newest
+                q_token = q_begin + token * newest_step + newest_base
+                new_row = q_token.to(tl.int64) * new_keys_stride_t
+                if NEW_KEYS == 1:
+                    k_pe_row = tl.where(is_newest, new_row + to_new_keys, k_pe_row)
+                else:
+                    is_read = is_live & (token < first_newest)
             k_pe = tl.load(
-                k_pe_ptr + (page * k_pe_stride_p + offset * k_pe_stride_t)[:, None] + r[None, :],
-                mask=is_live[:, None] & (r < R)[None, :],
+                k_pe_ptr + k_pe_row[:, None] + r[None, :],
+                mask=is_read[:, None] & (r < R)[None, :],
                 other=0.0,
             )  # [N, R]
+            if NEW_KEYS == 2:
+                new_key = tl.load(
+                    new_keys_ptr + new_row[:, None] + r[None, :],
+                    mask=(is_live & is_newest)[:, None] & (r < R)[None, :],
+                    other=0.0,
+                )
+                k_pe = tl.where(is_newest[:, None], new_key, k_pe)
             if k_pe_ptr.dtype.element_ty.primitive_bitwidth == 8:
                 k_pe = k_pe.to(tl.float32)
             s = tl.dot(q_pe, tl.trans(k_pe.to(DTYPE)), s, input_precision="ieee")

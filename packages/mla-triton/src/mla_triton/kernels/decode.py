@@ -19,6 +19,7 @@ from mla_triton.kernels._math import (
     seen_tokens,
     split_range,
 )
+from mla_triton.kernels._rope import newest_tokens, rotate_queries
 
 
 @triton.jit(
@@ -31,6 +32,8 @@ from mla_triton.kernels._math import (
         "lse_stride_t",
         "lse_stride_s",
         "lse_stride_h",
+        "num_positions",
+        "position_offset",
     ]
 )
 def decode_kernel(
@@ -71,6 +74,13 @@ def decode_kernel(
     k_pe_stride_t,
     kv_scale_stride_p,
     kv_scale_stride_t,
+    new_keys_ptr,  # [total_q, R], dtype of the cache; unused without NEW_KEYS
+    positions_ptr,  # [total_q] i32 or i64; from here on unused without ROTARY
+    cos_sin_ptr,  # [num_positions, ROTARY]
+    new_keys_stride_t,
+    cos_sin_stride_t,
+    num_positions,
+    position_offset,
     split_blocks,  # length of a split, in blocks of BLOCK_N tokens
     D: tl.constexpr,  # kv_lora_rank
     R: tl.constexpr,  # qk_rope_head_dim
@@ -89,6 +99,10 @@ def decode_kernel(
     HAS_SINK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    ROTARY: tl.constexpr,  # 0, or with fused RoPE the elements that turn
+    ROPE_OFFSET: tl.constexpr,  # first of them
+    IS_NEOX: tl.constexpr,
+    NEW_KEYS: tl.constexpr,  # see `attend`
 ):
     """Attend BLOCK_M rows of one request to one split of its keys."""
     # locate
@@ -136,6 +150,31 @@ def decode_kernel(
         BLOCK_R,
     )
 
+    first_newest, newest_step, newest_base = 0, 1, 0
+    if ROTARY > 0:
+        q_pe = rotate_queries(
+            q_pe,
+            q_pe_ptr,
+            positions_ptr,
+            cos_sin_ptr,
+            q_token,
+            head,
+            is_row,
+            q_pe_stride_t,
+            q_pe_stride_h,
+            cos_sin_stride_t,
+            num_positions,
+            position_offset,
+            BLOCK_R,
+            ROPE_OFFSET,
+            ROTARY,
+            IS_NEOX,
+        )
+    if NEW_KEYS > 0:
+        first_newest, newest_step, newest_base = newest_tokens(
+            q_len, global_len, cp_world_size, cp_rank, HAS_CP
+        )
+
     # loop over KV
     acc, m, denom = attend(
         ql_nope,
@@ -173,6 +212,13 @@ def decode_kernel(
         HAS_Q_SCALE,
         HAS_SOFTCAP,
         HAS_WINDOW,
+        NEW_KEYS,
+        new_keys_ptr,
+        new_keys_stride_t,
+        q_begin,
+        first_newest,
+        newest_step,
+        newest_base,
     )
 
     # normalise

@@ -15,6 +15,7 @@ from triton import language as tl
 
 from mla_triton.kernels._attend import attend, load_queries, normalise, store_rows
 from mla_triton.kernels._math import query_rows, request_bounds, seen_range, seen_tokens
+from mla_triton.kernels._rope import newest_tokens, rotate_queries
 
 
 @triton.jit
@@ -58,6 +59,8 @@ def _work(
         "lse_stride_t",
         "lse_stride_h",
         "partial_lse_stride_t",
+        "num_positions",
+        "position_offset",
     ]
 )
 def decode_worklist_kernel(
@@ -107,6 +110,13 @@ def decode_worklist_kernel(
     k_pe_stride_t,
     kv_scale_stride_p,
     kv_scale_stride_t,
+    new_keys_ptr,  # [total_q, R], dtype of the cache; unused without NEW_KEYS
+    positions_ptr,  # [total_q] i32 or i64; from here on unused without ROTARY
+    cos_sin_ptr,  # [num_positions, ROTARY]
+    new_keys_stride_t,
+    cos_sin_stride_t,
+    num_positions,
+    position_offset,
     D: tl.constexpr,  # kv_lora_rank
     R: tl.constexpr,  # qk_rope_head_dim
     BLOCK_D: tl.constexpr,  # D and R rounded up to powers of two
@@ -124,6 +134,10 @@ def decode_worklist_kernel(
     HAS_SINK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    ROTARY: tl.constexpr,  # 0, or with fused RoPE the elements that turn
+    ROPE_OFFSET: tl.constexpr,  # first of them
+    IS_NEOX: tl.constexpr,
+    NEW_KEYS: tl.constexpr,  # see `attend`
     FOLD: tl.constexpr,  # groups of heads that the list calls requests
     FILLS_EMPTY: tl.constexpr,  # the list may leave out requests without keys
 ):
@@ -201,6 +215,31 @@ def decode_worklist_kernel(
             BLOCK_R,
         )
 
+        first_newest, newest_step, newest_base = 0, 1, 0
+        if ROTARY > 0:
+            q_pe = rotate_queries(
+                q_pe,
+                q_pe_ptr,
+                positions_ptr,
+                cos_sin_ptr,
+                q_token,
+                head,
+                is_row,
+                q_pe_stride_t,
+                q_pe_stride_h,
+                cos_sin_stride_t,
+                num_positions,
+                position_offset,
+                BLOCK_R,
+                ROPE_OFFSET,
+                ROTARY,
+                IS_NEOX,
+            )
+        if NEW_KEYS > 0:
+            first_newest, newest_step, newest_base = newest_tokens(
+                q_len, global_len, cp_world_size, cp_rank, HAS_CP
+            )
+
         # loop over KV
         acc, m, denom = attend(
             ql_nope,
@@ -238,6 +277,13 @@ def decode_worklist_kernel(
             HAS_Q_SCALE,
             HAS_SOFTCAP,
             HAS_WINDOW,
+            NEW_KEYS,
+            new_keys_ptr,
+            new_keys_stride_t,
+            q_begin,
+            first_newest,
+            newest_step,
+            newest_base,
         )
 
         # normalise; the merge adds the sink of a tile that was cut
