@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mla_core.arch import arch_of
+from mla_core.bench import contenders, parse_case
+from mla_core.bench.workload import build_decode
 from mla_core.dims import MLADims
 from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.metadata import DeviceProfile, WorkList, decode_sizes, plan_v1_0, plan_v1_1, plan_v1_2
@@ -383,6 +385,17 @@ def test_compiled_steps_run_without_a_list(seed):
 
     out = torch.compile(step, fullgraph=True, backend="eager")(inputs.ql_nope, inputs.q_pe)
     assert_close(out, inputs.expected_out, what="out")
+
+
+def test_the_benchmark_measures_lists_of_the_device(seed):
+    case = parse_case("decode/bf16/h2/q2/b3/s90/p16/lognormal")
+    workload = build_decode(case, torch.device(DEVICE), seed=seed)
+    (contender,) = contenders.find(["triton+list"])
+    prepared = contender.prepare(workload)
+    assert prepared.kernel.startswith("flash_decode_worklist")
+    for call in (prepared.step, prepared.replay):
+        outs = [call(i) for i in range(len(workload.kvs))]
+        assert 0 < workload.error(outs) < 2e-2
 
 
 def test_refusals():

@@ -15,7 +15,7 @@ from typing import Protocol, cast
 import torch
 import torch.nn.functional as F
 
-from mla_core import decode, plan_decode, registry
+from mla_core import decode, plan_decode, registry, replan
 from mla_core.batch import PagedKV
 from mla_core.bench.timing import Call
 from mla_core.bench.workload import DecodeWorkload
@@ -49,13 +49,18 @@ class Contender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BackendContender:
-    """A backend of the registry, called through `mla_core.plan_decode` and `mla_core.decode`."""
+    """A backend of the registry, called through `mla_core.plan_decode` and `mla_core.decode`.
+
+    ``name`` is that of the backend, or ``<backend>+list`` for a persistent plan whose work list the
+    device makes in each step, for the one layer that is timed.
+    """
 
     name: str
 
     def prepare(self, workload: DecodeWorkload) -> Prepared:
         """Plan once; outputs start as NaN, so that an unwritten element fails the check."""
         dims, case = workload.dims, workload.case
+        backend, has_list, _ = self.name.partition("+list")
         shape = (workload.q.shape[0], dims.num_heads, dims.value_dim)
         outs = [
             poison_(torch.empty(shape, dtype=workload.out_dtype, device=workload.device))
@@ -72,8 +77,14 @@ class BackendContender:
                 total_q=workload.q.shape[0],
                 max_seqlen_q=case.q_len,
                 max_seqlen_k=max(workload.kv_lens),
-                backend=self.name,
+                persistent=bool(has_list),
+                backend=backend,
             )
+
+        def replay(i: int) -> torch.Tensor:
+            if has_list:
+                replan(once, workload.kvs[i])
+            return run(i, once)
 
         def run(i: int, planned: DecodePlan) -> torch.Tensor:
             decode(
@@ -92,7 +103,7 @@ class BackendContender:
         return Prepared(
             kernel=f"{once.schedule.kernel} num_kv_splits={once.num_kv_splits}{config}",
             step=lambda i: run(i, plan(workload.kvs[i])),
-            replay=lambda i: run(i, once),
+            replay=replay,
         )
 
 
@@ -173,7 +184,9 @@ def names() -> tuple[str, ...]:
 
 
 def find(chosen: Sequence[str]) -> list[Contender]:
-    """Return contenders by name; ``module:attribute`` imports an adapter.
+    """Return contenders by name: those of `names`, a backend's ``<name>+list``, an adapter.
+
+    ``module:attribute`` imports an adapter.
 
     Raises
     ------
@@ -188,7 +201,7 @@ def _find(name: str) -> Contender:
         return _BASELINES[name]
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        registry.record(name).require()
+        registry.record(name.removesuffix("+list")).require()
         return BackendContender(name)
     try:
         return cast(Contender, getattr(importlib.import_module(module_name), attribute))
