@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mla_core import layouts
 from mla_core.arch import arch_of
+from mla_core.batch import indptr_of
 from mla_core.dims import MLADims
 from mla_core.dropin.aiter import (
     decode_update_mla_metadata_v1,
@@ -14,9 +16,10 @@ from mla_core.dropin.aiter import (
     mla_decode_fwd,
     planning_for,
 )
+from mla_core.dtypes import torch_dtype
 from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.metadata import DeviceProfile
-from mla_core.plan import AttentionOptions
+from mla_core.plan import AttentionOptions, output_dtype
 from mla_core.select import use_backend
 from mla_core.testing.assertions import TOLERANCES, assert_close
 from mla_core.testing.cases import DecodeCase
@@ -51,11 +54,14 @@ def launches(monkeypatch):
         yield runs
 
 
+def dtypes_of(case):
+    return torch_dtype(case.q_dtype), torch_dtype(layouts.get(case.layout).kv_dtype)
+
+
 def allocate(case, mode):
     q_len = max(case.query_lens)
-    bf16 = torch.bfloat16
     info = get_mla_metadata_info_v1(
-        len(case.kv_lens), q_len, case.dims.num_heads, bf16, bf16, False, **mode
+        len(case.kv_lens), q_len, case.dims.num_heads, *dtypes_of(case), False, **mode
     )
     return {
         name: torch.zeros(shape, dtype=dtype, device=DEVICE)
@@ -63,7 +69,8 @@ def allocate(case, mode):
     }
 
 
-def fill(case, inputs, buffers, mode, **arguments):
+def fill(case, inputs, buffers, mode):
+    q_dtype, kv_dtype = dtypes_of(case)
     get_mla_metadata_v1(
         inputs.qo_indptr,
         inputs.kv.kv_indptr,
@@ -75,17 +82,22 @@ def fill(case, inputs, buffers, mode, **arguments):
         page_size=case.page_size,
         kv_granularity=4,
         max_seqlen_qo=max(case.query_lens),
+        is_cp_round_robin=case.options.cp_world_size > 1,
+        dtype_q=q_dtype,
+        dtype_kv=kv_dtype,
         **mode,
-        **arguments,
     )
 
 
 def call(case, inputs, buffers, **changes):
     """Run the call over NaN and compare with the truth."""
+    cache = inputs.kv.cache
+    buffer = cache.buffers[0]
+    out_dtype = output_dtype(inputs.ql_nope.dtype)
     arguments = {
         "q": torch.cat((inputs.ql_nope, inputs.q_pe), dim=-1),
-        "kv_buffer": inputs.kv.cache.buffers[0].unsqueeze(2),
-        "o": torch.full_like(inputs.ql_nope, torch.nan),
+        "kv_buffer": buffer.unsqueeze(2) if cache.layout.family == "standard" else buffer,
+        "o": torch.full(inputs.ql_nope.shape, torch.nan, dtype=out_dtype, device=DEVICE),
         "qo_indptr": inputs.qo_indptr,
         "kv_indptr": inputs.kv.kv_indptr,
         "kv_indices": inputs.kv.kv_page_indices,
@@ -95,8 +107,14 @@ def call(case, inputs, buffers, **changes):
         "sm_scale": inputs.sm_scale,
         "causal": case.options.causal,
         "logit_cap": case.options.softcap,
+        "q_scale": inputs.q_scale,
+        "kv_scale": cache.scale,
+        "cp_world_size": case.options.cp_world_size,
+        "cp_rank": case.options.cp_rank,
         **buffers,
     }
+    if inputs.global_kv_lens is not None:
+        arguments["g_kv_indptr"] = indptr_of(inputs.global_kv_lens)
     arguments |= changes
     logits, lse = mla_decode_fwd(**arguments, return_lse=True)
     assert logits.shape == (len(arguments["q"]), 1, *arguments["o"].shape[1:])
@@ -119,6 +137,21 @@ def call(case, inputs, buffers, **changes):
         ),
         ("gfx942", DecodeCase("folded", (300, 0, 9), (1, 1, 1), dims=MLADims(48, 64))),
         ("gfx942", DecodeCase("folded", (300, 9), (2, 2), dims=MLADims(32, 64), page_size=1)),
+        (
+            "gfx950",
+            DecodeCase(
+                "ranks", (300, 9, 0), (4, 2, 1), dims=DIMS, page_size=1,
+                options=AttentionOptions(cp_world_size=3, cp_rank=1),
+            ),
+        ),
+        (
+            "gfx950",
+            DecodeCase(
+                "fp8", (300, 9), (2, 1), dims=MLADims(64, 64), page_size=1, q_dtype="fp8_e4m3",
+                layout="fp8",
+            ),
+        ),
+        ("gfx950", DecodeCase("bytes", (300, 9), dims=MLADims(48), layout="fp8_seg656")),
     ],
     ids=str,
 )  # fmt: skip
@@ -129,7 +162,8 @@ def test_lists_are_followed(mode, arch, case, launches, seed):
         fill(case, inputs, buffers, MODES[mode])
         call(case, inputs, buffers)
     (plan,) = launches
-    assert plan.request.work_list_fold == (case.dims.num_heads // 16 if arch == "gfx942" else 1)
+    is_folded = case.name in ("folded", "bytes")
+    assert plan.request.work_list_fold == (case.dims.num_heads // 16 if is_folded else 1)
     assert plan.tables["work_info"].data_ptr() == buffers["work_info_set"].data_ptr()
 
 

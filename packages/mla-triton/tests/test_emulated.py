@@ -83,8 +83,24 @@ def test_conformance(arch, case):
     assert bool(instructions) == bool(sum(case.query_lens))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case", PERSISTENT_CASES, ids=str)
+@pytest.mark.parametrize(
+    ("arch", "case"),
+    [
+        *((arch, case) for arch in ARCHS for case in PERSISTENT_CASES),
+        (
+            "gfx942",
+            DecodeCase("fnuz", (600, 33), (2, 1), q_dtype="fp8_e4m3fnuz", layout="fp8_fnuz"),
+        ),
+        ("gfx950", DecodeCase("bytes", (600, 33), (2, 1), layout="fp8_seg656", page_size=64)),
+        (
+            "gfx950",
+            DecodeCase(
+                "ranks", (600, 33), (4, 1), options=AttentionOptions(cp_world_size=3, cp_rank=2)
+            ),
+        ),
+    ],
+    ids=str,
+)
 def test_persistent(arch, case):
     with emulated_triton(arch, WORKLIST) as results:
         check_decode("triton", case, persistent=True, fixed_lengths=True)
