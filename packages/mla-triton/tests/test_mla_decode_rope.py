@@ -156,6 +156,12 @@ def test_a_sequence_without_rows_gives_zeros(backend, seed):
 
 
 def test_key_output_is_optional_and_any_strides_are_fine(backend, seed):
+    call = make(seed)
+    keys = torch.empty(len(LENS), 1, 32, dtype=torch.bfloat16, device=DEVICE)
+    _, tokens = expected(call)
+    decode_attention_fwd_grouped_rope(**{**call, "k_pe_tokens": keys})
+    assert_close(keys[:, 0], tokens, what="k_pe_tokens")
+
     call = make(seed, k_pe_tokens=None)
     wide = torch.full((len(LENS), 5, 100), 7.0, dtype=torch.bfloat16, device=DEVICE)
     q = torch.nn.functional.pad(call["q"].transpose(0, 1), (4, 4))[..., 4:-4].transpose(0, 1)

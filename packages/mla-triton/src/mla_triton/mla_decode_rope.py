@@ -80,7 +80,7 @@ def decode_attention_fwd_grouped_rope(
         Prefix sums of cached tokens.
     kv_indices : [>= kv_indptr[B]], int32 or int64
         Row of ``k_buffer`` of each token; -1 hides one. int64 is converted, which allocates.
-    k_pe_tokens : [B, r], bf16, fp16 or fp32, or None
+    k_pe_tokens : [B, r] or [B, 1, r], bf16, fp16 or fp32, or None
         Receives the rotated key of each sequence's last token; not touched without ``use_rope``.
     kv_lora_rank : int
         c; ``r`` is what is left of a row.
@@ -141,6 +141,8 @@ def decode_attention_fwd_grouped_rope(
         rope = FusedRope(is_neox=bool(is_neox_style), rotary_dim=rotary_dim)
         if positions is not None and positions.ndim == 2 and positions.shape[1] == 1:
             positions = positions[:, 0].contiguous()
+        if k_pe_tokens is not None and k_pe_tokens.ndim == 3 and k_pe_tokens.shape[1] == 1:
+            k_pe_tokens = k_pe_tokens[:, 0]
     plan = plan_decode(
         dims,
         torch.arange(batch_size + 1, dtype=torch.int32, device=device),
