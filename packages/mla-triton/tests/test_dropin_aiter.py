@@ -97,7 +97,7 @@ def call(case, inputs, buffers, **changes):
     arguments = {
         "q": torch.cat((inputs.ql_nope, inputs.q_pe), dim=-1),
         "kv_buffer": buffer.unsqueeze(2) if cache.layout.family == "standard" else buffer,
-        "o": torch.full(inputs.ql_nope.shape, torch.nan, dtype=out_dtype, device=DEVICE),
+        "o": torch.full(inputs.ql_nope.shape, torch.nan, dtype=out_dtype, device=cache.device),
         "qo_indptr": inputs.qo_indptr,
         "kv_indptr": inputs.kv.kv_indptr,
         "kv_indices": inputs.kv.kv_page_indices,

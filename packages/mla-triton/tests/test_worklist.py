@@ -363,7 +363,7 @@ def test_an_aim_for_the_number_of_pieces():
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 4096])
 def test_tiles_are_whole_tokens_that_fit_a_program(num_heads, block_m, page_size):
     case = DecodeCase("rows", (5,), (1,), dims=MLADims(num_heads, 64), page_size=page_size)
-    inputs = case.build()
+    inputs = case.build(DEVICE)
     request = plan_of(case, inputs, persistent=True).request
     config = tuning.DecodeConfig(block_m, 32, 4, 1, programs_per_sm=2)
     for q_len in (1, 2, 7, 16):
