@@ -88,12 +88,14 @@ def rotate_keys_kernel(
         first, second = OFFSET + p, OFFSET + ROTARY // 2 + p
     else:
         first, second = OFFSET + 2 * p, OFFSET + 2 * p + 1
-    is_read = is_pair & is_held
+    # Not ``is_pair & is_held``: Triton 3.9's interpreter spreads a scalar truth as an integer.
+    is_read = p < tl.where(is_held, ROTARY // 2, 0)
     a = tl.load(row_ptr + first, mask=is_read, other=0.0).to(tl.float32)
     b = tl.load(row_ptr + second, mask=is_read, other=0.0).to(tl.float32)
     q_token = (q_begin + q_idx).to(tl.int64)
     place = tl.load(positions_ptr + q_token).to(tl.int64) + position_offset
-    in_table = is_read & (place >= 0) & (place < num_positions)
+    is_known = is_held & (place >= 0) & (place < num_positions)
+    in_table = p < tl.where(is_known, ROTARY // 2, 0)
     cos_ptr = cos_sin_ptr + place * cos_sin_stride_t + p
     nan = float("nan")
     cos = tl.load(cos_ptr, mask=in_table, other=nan).to(tl.float32)
@@ -109,10 +111,11 @@ def rotate_keys_kernel(
     if HAS_TOKENS or not WRITE_BACK:
         r = tl.arange(0, BLOCK_R)
         passes = (r < OFFSET) | ((r >= OFFSET + ROTARY) & (r < R))
-        same = tl.load(row_ptr + r, mask=passes & is_held, other=0.0)
+        is_passing = passes & (r < tl.where(is_held, R, 0))
+        same = tl.load(row_ptr + r, mask=is_passing, other=0.0)
         if not WRITE_BACK:
             new_ptr = new_keys_ptr + q_token * new_keys_stride_t
-            tl.store(new_ptr + r, same, mask=passes & is_held)
+            tl.store(new_ptr + r, same, mask=is_passing)
             tl.store(new_ptr + first, new_a.to(dtype), mask=is_read)
             tl.store(new_ptr + second, new_b.to(dtype), mask=is_read)
         if HAS_TOKENS:
