@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,9 @@ if EMULATES:
 # Before any kernel module is imported: Triton decides at decoration time who will run a kernel.
 if INTERPRETED:
     interpreter.enable()
+
+# What somebody tuned on this machine must not decide what is tested: a directory without tables.
+os.environ.setdefault("MLA_TUNING_PATH", str(Path(__file__).parent / "tests"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

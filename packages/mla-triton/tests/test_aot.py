@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation for each architecture: it compiles, and fits the chip's memory.
+"""Compilation for GPUs that are not here: resources within limits, and files that launches find.
 
-Needs neither a GPU nor a vendor's toolkit. Runs in a process of its own, because the interpreter
-replaces the functions the compiler needs.
+Needs neither a GPU nor a vendor's toolkit. Compiles in processes of its own, because Triton's
+interpreter, in which the other tests run kernels, replaces the functions the compiler needs.
 """
 
 from __future__ import annotations
@@ -14,92 +14,72 @@ from pathlib import Path
 
 import pytest
 
-from mla_triton import tuning
 from mla_triton.backend import GPU_ARCHS
 
-#: Shared memory of one workgroup in KiB.
-SHARED_KIB = {"sm90": 227, "gfx942": 64, "gfx950": 160}
-
-SCRIPT = Path(__file__).with_name("aot_compile.py")
-
-
-#: What Triton calls the fp8 flavours, and how the layouts scale them.
-FP8 = {"fp8_e4m3": "fp8e4nv", "fp8_e4m3fnuz": "fp8e4b8"}
-SCALES = {
-    "standard": "tensor",
-    "seg576": "tensor",
-    "seg644": "token",
-    "seg656": "group128",
-    "ds656": "group128",
-    "ds32": "group32",
-}
+SCRIPT = Path(__file__).with_name("aot_check.py")
+#: Bytes that a thread may keep in local memory. The rows of sm90 were chosen by measurement, and
+#: the quickest ones spill a little; those for fp8 caches, not measured yet, spill more.
+LOCAL_BYTES = {"sm90": 768}
+#: AMD's scalar registers in lanes of vector registers: without memory traffic, and counted in the
+#: emulator, larger tiles with them take fewer instructions than smaller ones without. Persistent
+#: kernels have more of them, and so has gfx942, which turns fp8 into bf16 by many instructions.
+SCALAR_SPILLS = {"gfx950": 80, "gfx942": 144}
+#: Right, and slow: a tile of these needs more registers than there are, whatever its size.
+TOO_WIDE = (
+    ("gfx", "/fp32/", "/d1024+"),
+    ("gfx", "/fp8", "/d1024+"),
+    ("sm90", "/fp32/fp8_ds32/", ""),
+)
 
 
-def jobs_of(when):
-    """Return the dtypes, scales and page sizes to compile a row of the tuning table for."""
-    if "kv_dtype" in when:
-        kv_dtype = FP8[when["kv_dtype"]]
-        q_dtypes = ["fp32"] if when.get("q_dtype") == "fp32" else ["bf16", kv_dtype]
-        scales = sorted({SCALES[layout] for layout in when.get("layout", SCALES)})
-        # Every scale with the first dtype, and the other dtype once.
-        chosen = [(q_dtypes[0], each) for each in scales] + [(q, scales[0]) for q in q_dtypes[1:]]
-        return [(q_dtype, kv_dtype, each, 64) for q_dtype, each in chosen]
-    dtype = "fp32" if when.get("q_dtype") == "fp32" else "bf16"
-    return [(dtype, dtype, "none", page_size) for page_size in (1, 64)]
+@pytest.fixture(scope="module")
+def checks():
+    """Compile for all architectures at once; Triton's cache makes the next run quick."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    started = {
+        arch: subprocess.Popen(
+            [sys.executable, str(SCRIPT), arch],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for arch in sorted(GPU_ARCHS)
+    }
+    results = {}
+    for arch, process in started.items():
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-3000:]
+        results[arch] = [json.loads(line) for line in out.splitlines()]
+    return results
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", sorted(GPU_ARCHS))
-def test_every_configuration_compiles(arch):
-    rows = tuning._table(Path(tuning.__file__).parent / "configs" / arch / "decode.json")
-    jobs = []
-    for row in rows:
-        widest = row.when.get("kv_lora_rank", {"max": 1024})["max"]
-        asked = jobs_of(row.when)
-        kernels = ["decode"] * len(asked) + ["decode_worklist"]
-        for kernel, wanted in zip(kernels, [*asked, asked[-1]], strict=True):
-            q_dtype, kv_dtype, scales, page_size = wanted
-            job = {
-                "arch": arch,
-                "kernel": kernel,
-                "q_dtype": q_dtype,
-                "kv_dtype": kv_dtype,
-                "scales": scales,
-                "kv_lora_rank": widest,
-                "page_size": page_size,
-                **row.config.launch,
-            }
-            jobs.append(job)
-            if scales == "none" and (page_size == 1 or kernel == "decode_worklist"):
-                jobs.append(job | {"rope": "gptj"})
-    jobs.append({"arch": arch, "kernel": "reduce"})
-    fp8 = FP8["fp8_e4m3fnuz" if arch == "gfx942" else "fp8_e4m3"]
-    for kv_dtype, scales in (("bf16", "none"), ("fp32", "none"), (fp8, "tensor")):
-        for write_back in (False, True):
-            jobs.append(
-                {
-                    "arch": arch,
-                    "kernel": "rotate",
-                    "kv_dtype": kv_dtype,
-                    "scales": scales,
-                    "write_back": write_back,
-                    "num_warps": 1,
-                }
-            )
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), json.dumps(jobs)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == len(jobs)
-    for job, result in zip(jobs, results, strict=True):
-        print(job, result)
-        assert result["shared"] <= SHARED_KIB[arch] * 1024, job
-        assert result["is_binary"], job
-        if job.get("q_dtype", "fp32") != "fp32":
-            assert result["matrix_instructions"] > 0, job
+def test_every_row_compiles_within_limits(checks, arch):
+    head, *results = checks[arch]
+    # A row that no shape reaches is one that was never compiled.
+    assert not head["unreached"]
+    assert {result["name"] for result in results} >= {
+        "mla_triton.kernels.decode:decode_kernel",
+        "mla_triton.kernels.decode_worklist:decode_worklist_kernel",
+        "mla_triton.kernels.rope:rotate_keys_kernel",
+        "mla_core.kernels.reduce:reduce_partials_kernel",
+    }
+    passed = []
+    for result in results:
+        print(result["configuration"], result["cases"], result["resources"])
+        assert result["is_binary"], result
+        case, resources = result["cases"][0], result["resources"]
+        if ".decode" in result["name"] and "/fp32/" not in case:
+            assert result["matrix_instructions"] > 0, result
+        excess = result["excess"]
+        is_too_wide = any(all(part in case for part in parts) for parts in TOO_WIDE)
+        if is_too_wide or resources["local_bytes"] <= LOCAL_BYTES.get(arch, 0):
+            excess = [line for line in excess if "local" not in line]
+        if is_too_wide:
+            excess = [line for line in excess if "spilled" not in line]
+        elif resources["scalar_spills"] > SCALAR_SPILLS.get(arch, 0):
+            excess.append(f"scalar spills: {resources['scalar_spills']}")
+        passed += [f"{case}: {line}: {result['configuration']}" for line in excess]
+    assert not passed, "\n".join(passed)

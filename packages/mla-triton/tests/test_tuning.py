@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from mla_core.dims import MLADims
-from mla_core.errors import LayoutError, UnsupportedProblemError
+from mla_core.errors import LayoutError, MLAError, UnsupportedProblemError
 from mla_core.plan import AttentionOptions, PlanRequest, build_plan
 from mla_core.problem import Problem
 from mla_triton import tuning
@@ -44,13 +46,14 @@ def request_of(
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """Return a function that installs a table for sm90."""
+    """Return a function that installs a table for sm90, which has no packaged one here."""
     monkeypatch.setenv("MLA_TUNING_PATH", str(tmp_path))
+    monkeypatch.setattr(tuning, "_PACKAGED", tmp_path / "nothing")
     (tmp_path / "sm90").mkdir()
 
     def install(rows):
         (tmp_path / "sm90" / "decode.json").write_text(json.dumps(rows))
-        tuning._table.cache_clear()
+        tuning.read.cache_clear()
 
     return install
 
@@ -93,7 +96,9 @@ def test_rows_count_query_tokens_unless_batch_invariant(table):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "last row must have an empty `when`"),
+        ([], "a tuning table must exist for the architecture, got none for 'sm90'"),
+        ({"row": []}, "must be a list of rows or an object with `rows`"),
+        ([3], "row 0: must be an object, got int"),
         ([{"when": {"num_rows": 1}} | ROW], "last row must have an empty `when`"),
         ([ROW], r"row 0: `when` must be an object, got NoneType"),
         (
@@ -111,14 +116,46 @@ def test_rows_count_query_tokens_unless_batch_invariant(table):
         ([{"when": {"layout": {"min": 3}}} | ROW], "row 0: `when` layout must be .* a range"),
     ],
     ids=[
-        *("empty", "no-default", "no-when", "condition", "key", "odd", "small", "missing"),
-        *("zero", "text", "range", "words", "layout"),
+        *("empty", "object", "number", "no-default", "no-when", "condition", "key", "odd"),
+        *("small", "missing", "zero", "text", "range", "words", "layout"),
     ],
 )
 def test_mistakes_in_a_table(table, rows, message):
     table(rows)
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises(MLAError, match=message):
         tuning.choose(request_of())
+
+
+def test_a_file_that_is_no_json(table, tmp_path):
+    (tmp_path / "sm90" / "decode.json").write_text("BLOCK_M: 16")
+    tuning.read.cache_clear()
+    with pytest.raises(LayoutError, match=r"decode\.json: must be JSON, got"):
+        tuning.choose(request_of())
+
+
+def test_the_users_rows_come_before_the_packaged(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLA_TUNING_PATH", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "mla" / "tuning" / "sm90").mkdir(parents=True)
+    rows = [{"when": {"batch_size": {"max": 4}, "kv_len": {"min": 513, "max": 1024}}} | ROW]
+    path = tmp_path / "mla" / "tuning" / "sm90" / "decode.json"
+    path.write_text(json.dumps({"source": {"device": "one"}, "rows": rows}))
+    tuning.read.cache_clear()
+    assert tuning.find(request_of()).where == f"{path}: row 0"
+    assert tuning.find(replace(request_of(), batch_size=5)).where.startswith(str(tuning._PACKAGED))
+    assert tuning.find(replace(request_of(), max_seqlen_k=512)).where != f"{path}: row 0"
+    # What depends on the batch must not choose for a request that must not.
+    invariant = tuning.find(request_of(features=["batch_invariant"]))
+    assert invariant.where.startswith(str(tuning._PACKAGED))
+
+
+@pytest.mark.parametrize(
+    ("told", "base"), [("/tmp/x", "/tmp/x"), ("x", "~/.cache"), ("", "~/.cache")]
+)
+def test_the_users_directory(monkeypatch, told, base):
+    monkeypatch.delenv("MLA_TUNING_PATH", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", told)
+    assert tuning.user_directory() == Path(base).expanduser() / "mla" / "tuning"
 
 
 def test_no_table_for_the_architecture(table):

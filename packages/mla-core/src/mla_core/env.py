@@ -47,7 +47,15 @@ VARIABLES: tuple[Variable, ...] = (
         "MLA_TUNING_PATH",
         "",
         "a directory",
-        "Directory of tuning tables that replace the packaged ones, `<arch>/<op>.json`.",
+        "Directory of tuning tables, `<arch>/<op>.json`, whose rows come before the packaged ones; "
+        "default: `mla/tuning` in the user's cache directory (`XDG_CACHE_HOME`, else `~/.cache`).",
+    ),
+    Variable(
+        "MLA_AOT_DIR",
+        "",
+        "a directory",
+        "Directory of kernels compiled by `mla aot`; those for the GPU at hand are put into "
+        "Triton's cache before the first plan.",
     ),
     Variable(
         "MLA_HSA_DIR",

@@ -167,6 +167,9 @@ class DecodePlan:
         How the backend was chosen; absent on plans rebuilt inside a compiled graph.
     tables : mapping of str to Tensor
         The schedule's tables on the batch's device; of a persistent plan, its work list.
+    memo : dict
+        What ops and backends remember of the calls with this plan, such as the shapes that were
+        checked. Grows by little, since calls with one plan resemble each other.
     """
 
     request: PlanRequest
@@ -177,6 +180,7 @@ class DecodePlan:
     workspace: Mapping[str, torch.Tensor]
     choice: Choice | None = None
     tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    memo: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def options(self) -> AttentionOptions:

@@ -26,6 +26,7 @@ import torch
 from mla_core import env
 from mla_core.checks import check_tensor
 from mla_core.errors import BackendUnavailableError, LayoutError
+from mla_core.launch import launch
 
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NEG_INF = float("-inf")
@@ -420,50 +421,87 @@ def _gather(merge: Merge, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _merge_triton(merge: Merge) -> None:
-    """Launch the kernel; unused pointers get a tensor that is never read."""
+    launch_reduce(
+        merge.partial_out,
+        merge.partial_lse,
+        merge.out,
+        merge.lse,
+        reduce_indptr=merge.reduce_indptr,
+        partial_map=merge.partial_map,
+        final_map=merge.final_map,
+        group_rows=merge.group_rows,
+        sink=merge.sink,
+        is_base_two=merge.lse_base is LseBase.TWO,
+        fold=merge.fold,
+        qo_indptr=merge.qo_indptr,
+    )
+
+
+def launch_reduce(
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    reduce_indptr: torch.Tensor | None = None,
+    partial_map: torch.Tensor | None = None,
+    final_map: torch.Tensor | None = None,
+    group_rows: int = 1,
+    sink: torch.Tensor | None = None,
+    is_base_two: bool = False,
+    fold: int = 1,
+    qo_indptr: torch.Tensor | None = None,
+) -> None:
+    """Launch the merge over tensors as `reduce_partials` or `reduce_tiles` has checked them.
+
+    For backends that made the partials themselves and call this once a step. Neither allocates nor
+    syncs.
+    """
     from mla_core.kernels.reduce import reduce_partials_kernel
 
-    num_heads, value_dim = merge.partial_out.shape[-2:]
-    num_programs = merge.num_groups * merge.group_rows * num_heads
+    is_dense = reduce_indptr is None
+    num_heads, value_dim = partial_out.shape[-2:]
+    num_groups = partial_out.shape[0] if reduce_indptr is None else reduce_indptr.numel() - 1
+    num_programs = num_groups * group_rows * num_heads
     if not num_programs or not value_dim:
         return
-    is_dense = merge.reduce_indptr is None
-    out_strides = merge.partial_out.stride()[:-1]
-    lse_strides = merge.partial_lse.stride()
+    out_strides, lse_strides = partial_out.stride()[:-1], partial_lse.stride()
     # Few rows: cut each into column blocks, or most of the chip would idle.
     block_d = 1 << (value_dim - 1).bit_length()
     if num_programs < 1024:
         block_d = min(block_d, 128)
-    unused = merge.lse
-    batch_size = 0 if merge.qo_indptr is None else merge.qo_indptr.numel() - 1
-    reduce_partials_kernel[(num_programs, -(-value_dim // block_d))](
-        merge.out,
-        merge.lse,
-        merge.partial_out,
-        merge.partial_lse,
-        unused if merge.reduce_indptr is None else merge.reduce_indptr,
-        unused if merge.partial_map is None else merge.partial_map,
-        unused if merge.final_map is None else merge.final_map,
-        unused if merge.sink is None else merge.sink,
-        unused if merge.qo_indptr is None else merge.qo_indptr,
+    batch_size = 0 if qo_indptr is None else qo_indptr.numel() - 1
+    # Unused pointers get a tensor that is never read.
+    launch(
+        reduce_partials_kernel,
+        (num_programs, -(-value_dim // block_d)),
+        out,
+        lse,
+        partial_out,
+        partial_lse,
+        lse if reduce_indptr is None else reduce_indptr,
+        lse if partial_map is None else partial_map,
+        lse if final_map is None else final_map,
+        lse if sink is None else sink,
+        lse if qo_indptr is None else qo_indptr,
         batch_size,
         batch_size.bit_length(),
         num_heads,
-        merge.partial_out.shape[1] if is_dense else 0,
-        merge.partial_out.shape[1 if is_dense else 0],
-        *merge.out.stride()[:2],
-        *merge.lse.stride(),
+        partial_out.shape[1] if is_dense else 0,
+        partial_out.shape[1 if is_dense else 0],
+        *out.stride()[:2],
+        *lse.stride(),
         *(out_strides if is_dense else (0, *out_strides)),
         *(lse_strides if is_dense else (0, *lse_strides)),
         D=value_dim,
         BLOCK_D=block_d,
         BLOCK_S=8,
-        GROUP_ROWS=merge.group_rows,
+        GROUP_ROWS=group_rows,
         IS_DENSE=is_dense,
-        HAS_MAP=merge.partial_map is not None,
-        HAS_FINAL_MAP=merge.final_map is not None,
-        HAS_SINK=merge.sink is not None,
-        IS_BASE_TWO=merge.lse_base is LseBase.TWO,
-        FOLD=merge.fold,
+        HAS_MAP=partial_map is not None,
+        HAS_FINAL_MAP=final_map is not None,
+        HAS_SINK=sink is not None,
+        IS_BASE_TWO=is_base_two,
+        FOLD=fold,
         num_warps=max(1, min(4, block_d // 128)),
     )

@@ -10,6 +10,7 @@ from mla_core import layouts
 from mla_core.arch import arch_of
 from mla_core.batch import PagedKV
 from mla_core.dtypes import torch_dtype
+from mla_core.launch import launch
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest
 from mla_core.rope import RopeInputs
 from mla_triton.arguments import power_of_two
@@ -45,7 +46,9 @@ def rotate_keys(
     k_pe, table = cache.field("k_pe"), rope.cos_sin_cache
     has_scale = cache.layout.rope.scale_kind == "per_tensor"
     unused = kv.kv_indptr
-    rotate_keys_kernel[(request.max_seqlen_q, request.batch_size)](
+    launch(
+        rotate_keys_kernel,
+        (request.max_seqlen_q, request.batch_size),
         k_pe,
         unused if new_keys is None else new_keys,
         unused if tokens is None else tokens,

@@ -10,11 +10,12 @@ import torch
 
 from mla_core.batch import PagedKV, indptr_of, pages_of
 from mla_core.errors import UnsupportedProblemError
+from mla_core.launch import launch
 from mla_core.metadata import WorkList, WorkListRecipe
 from mla_core.metadata.tiling import HeadTiling
 from mla_core.metadata.v1_2 import overhead_blocks
 from mla_core.plan import DecodePlan, PlanRequest, Schedule, tables_of
-from mla_core.reduce import reduce_tiles
+from mla_core.reduce import launch_reduce
 from mla_core.rope import RopeInputs
 from mla_triton import rope as fused_rope
 from mla_triton import tuning
@@ -155,7 +156,9 @@ def decode(
     if partial_out is not None and lse is None:
         lse = plan.workspace["lse"]
     unused = kv.kv_indptr
-    decode_worklist_kernel[(-(-tile_tokens * heads // config["BLOCK_M"]), num_workers)](
+    launch(
+        decode_worklist_kernel,
+        (-(-tile_tokens * heads // config["BLOCK_M"]), num_workers),
         out,
         unused if lse is None else lse,
         out if partial_out is None else partial_out,
@@ -219,19 +222,18 @@ def decode(
         return
     assert partial_lse is not None
     assert lse is not None
-    reduce_tiles(
+    launch_reduce(
         partial_out,
         partial_lse,
-        work.reduce_indptr,
-        work.reduce_final_map,
-        work.reduce_partial_map,
-        max_tile_rows=tile_tokens,
-        out=out,
-        lse=lse,
+        out,
+        lse,
+        reduce_indptr=work.reduce_indptr,
+        partial_map=work.reduce_partial_map,
+        final_map=work.reduce_final_map,
+        group_rows=tile_tokens,
         sink=sink,
         fold=fold,
-        qo_indptr=plan.qo_indptr,
-        backend="triton",
+        qo_indptr=plan.qo_indptr if fold > 1 else None,
     )
 
 

@@ -57,14 +57,24 @@ def outputs(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check the given outputs and allocate the missing ones."""
-    device = like.device
-    if out is None:
-        out = torch.empty(shape, dtype=output_dtype(like.dtype), device=device)
-    else:
-        check_tensor(op, "out", out, shape=shape, dtypes=OUT_DTYPES, device=device)
+    if out is not None:
+        check_tensor(op, "out", out, shape=shape, dtypes=OUT_DTYPES, device=like.device)
     if lse is not None:
         fp32 = (torch.float32,)
-        check_tensor(op, "lse", lse, shape=shape[:2], dtypes=fp32, device=device)
-    elif return_lse:
-        lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
+        check_tensor(op, "lse", lse, shape=shape[:2], dtypes=fp32, device=like.device)
+    return missing_outputs(like, shape, out, lse, return_lse)
+
+
+def missing_outputs(
+    like: torch.Tensor,
+    shape: tuple[int, int, int],
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Allocate the outputs that were not given."""
+    if out is None:
+        out = torch.empty(shape, dtype=output_dtype(like.dtype), device=like.device)
+    if lse is None and return_lse:
+        lse = torch.empty(shape[:2], dtype=torch.float32, device=like.device)
     return out, lse

@@ -13,7 +13,13 @@ from mla_core.errors import LayoutError
 from mla_core.metadata import WorkList
 from mla_core.metadata.worklist import check_follows
 from mla_core.ops import library
-from mla_core.ops.arguments import check_q_scale, check_queries, check_sink, outputs
+from mla_core.ops.arguments import (
+    check_q_scale,
+    check_queries,
+    check_sink,
+    missing_outputs,
+    outputs,
+)
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, build_plan, decode_problem
 from mla_core.rope import FusedRope, RopeInputs
 
@@ -106,7 +112,27 @@ def decode(
     >>> mla_core.decode(q[..., :512], q[..., 512:], kv, plan, sm_scale=dims.sm_scale).shape
     torch.Size([1, 16, 512])
     """
-    _check(ql_nope, q_pe, kv, plan, sink, q_scale, global_kv_lens)
+    is_compiling = torch.compiler.is_compiling()
+    out_shape = (ql_nope.shape[0], ql_nope.shape[1], plan.dims.value_dim)
+    tensors = (ql_nope, q_pe, out, lse, sink, q_scale, global_kv_lens)
+    seen = None if is_compiling else _appearance(tensors, kv)
+    if seen is None or seen not in plan.memo:
+        _check(ql_nope, q_pe, kv, plan, sink, q_scale, global_kv_lens)
+        checked = outputs("decode", ql_nope, out_shape, out, lse, return_lse)
+        if seen is not None:
+            # The value keeps alive what the key has the ids of.
+            plan.memo[seen] = (kv.cache.layout, kv.cache.dims)
+    else:
+        checked = missing_outputs(ql_nope, out_shape, out, lse, return_lse)
+    out, lse = checked
+    # A compiled step does not follow the list.
+    has_list = plan.is_persistent and not is_compiling
+    promises = plan.request.kv_lens is not None or has_list
+    if promises and (out.device.type == "cpu" or env.flag("MLA_CHECK")):
+        if plan.request.kv_lens is not None:
+            _check_lengths(kv, plan)
+        if has_list:
+            _check_work_list(kv, plan)
     rope = RopeInputs.checked(
         "decode",
         plan.options.rope,
@@ -117,9 +143,7 @@ def decode(
         positions,
         k_pe_tokens,
     )
-    out_shape = (ql_nope.shape[0], ql_nope.shape[1], plan.dims.value_dim)
-    out, lse = outputs("decode", ql_nope, out_shape, out, lse, return_lse)
-    if torch.compiler.is_compiling():
+    if is_compiling:
         request, options = plan.request, plan.options
         fused = options.rope
         # Only one of the two tells the compiler that the cache changes.
@@ -160,6 +184,18 @@ def decode(
     return out if lse is None else (out, lse)
 
 
+def _appearance(tensors: tuple[torch.Tensor | None, ...], kv: PagedKV) -> tuple[object, ...]:
+    """Return all that `_check` and `outputs` look at, apart from the plan."""
+    cache = kv.cache
+    return (
+        *[
+            None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            for tensor in tensors
+        ],
+        *(kv.kv_indptr.shape, cache.page_size, cache.device, id(cache.layout), id(cache.dims)),
+    )
+
+
 def _check(
     ql_nope: torch.Tensor,
     q_pe: torch.Tensor,
@@ -190,14 +226,6 @@ def _check(
             raise LayoutError(
                 f"decode: kv must have {name}={planned} like the plan, got {got}; plan again"
             )
-    # A compiled step does not follow the list.
-    has_list = plan.is_persistent and not torch.compiler.is_compiling()
-    promises = request.kv_lens is not None or has_list
-    if promises and (device.type == "cpu" or env.flag("MLA_CHECK")):
-        if request.kv_lens is not None:
-            _check_lengths(kv, plan)
-        if has_list:
-            _check_work_list(kv, plan)
     if (sink is not None) != ("sink" in problem.features):
         wanted = "given" if sink is None else "None"
         raise LayoutError(

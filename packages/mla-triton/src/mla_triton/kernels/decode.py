@@ -34,6 +34,7 @@ from mla_triton.kernels._rope import newest_tokens, rotate_queries
         "lse_stride_h",
         "num_positions",
         "position_offset",
+        "split_blocks",
     ]
 )
 def decode_kernel(

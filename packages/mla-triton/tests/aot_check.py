@@ -1,0 +1,123 @@
+"""Compile every packaged row of an architecture: ``python aot_check.py gfx942``.
+
+Prints one JSON line for each compiled kernel. A process of its own, since pytest runs kernels in
+Triton's interpreter, which replaces what the compiler needs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from dataclasses import asdict
+
+from mla_core import layouts
+from mla_core.dims import MLADims
+from mla_core.plan import AttentionOptions, PlanRequest
+from mla_core.problem import Problem
+from mla_core.rope import FusedRope
+from mla_triton import aot, tuning
+from mla_triton.backend import BACKEND
+
+PLAIN = AttentionOptions()
+EVERYTHING = AttentionOptions(window=100, softcap=30.0)
+INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "v_mfma")
+
+
+def is_covered(q_dtype, layout, rank, page_size):
+    """Leave out what compiles to nearly the same: fp16, and formats at every page size."""
+    if layout.kv_dtype == q_dtype == "fp16":
+        return rank == 512
+    if not layout.kv_dtype.startswith("fp8"):
+        return True
+    if q_dtype == "fp16" or (page_size == 1 and layout.family != "standard"):
+        return False
+    return rank <= 512 or (q_dtype == "bf16" and page_size == 64)
+
+
+def shapes(arch):
+    """Return for each row, query dtype and layout the widest problems that it answers."""
+    found = {}
+    for q_dtype, layout, rank, (heads, q_len), page_size in itertools.product(
+        ("bf16", "fp16", "fp32", "fp8_e4m3", "fp8_e4m3fnuz"),
+        layouts.ALL.values(),
+        (256, 512, 1024),
+        ((16, 1), (32, 1), (128, 1), (128, 4)),
+        (1, 64),
+    ):
+        dims = MLADims(heads, rank)
+        problem = Problem(
+            op="decode",
+            arch=arch,
+            q_dtype=q_dtype,
+            kv_dtype=layout.kv_dtype,
+            dims=dims,
+            layout=layout.family,
+            page_size=page_size,
+            q_len=q_len,
+            features=frozenset({"lse"}),
+        )
+        if not is_covered(q_dtype, layout, rank, page_size):
+            continue
+        if all(row.why_not(problem) for row in BACKEND.capabilities if row.op == "decode"):
+            continue
+        try:
+            layout.check_dims(dims)
+            layout.check_page_size(page_size)
+        except ValueError:
+            continue
+        row = tuning.find(PlanRequest(problem, PLAIN, 2, 2 * q_len, q_len, 128, 4))
+        # Later shapes are wider: the last one stays.
+        found[row.where, q_dtype, layout.name, page_size, rank > 512] = (dims, q_len)
+    return found
+
+
+def cases(arch):
+    """Yield an adorned case of each shape, with splits and without in turn, and mostly a plain."""
+    for index, (key, (dims, q_len)) in enumerate(shapes(arch).items()):
+        _, q_dtype, layout, page_size, _ = key
+        shape = {
+            "arch": arch,
+            "dims": dims,
+            "q_dtype": q_dtype,
+            "layout": layout,
+            "page_size": page_size,
+            "q_len": q_len,
+        }
+        adorned = {"options": EVERYTHING, "has_sink": True, "return_lse": True}
+        yield aot.DecodeCase(**shape, **adorned, num_kv_splits=(8, 1)[index % 2])
+        if layout == q_dtype == "bf16" or (layout, q_dtype) == ("fp8_ds656", "bf16"):
+            yield aot.DecodeCase(**shape, **adorned, is_persistent=True)
+        if layout == q_dtype == "bf16" and dims.kv_lora_rank == 512:
+            # A kernel that rotates the keys, and one that looks for them.
+            for write_back in (False, True):
+                rope = FusedRope(is_neox=False, rotary_dim=64, write_back=write_back)
+                options = AttentionOptions(rope=rope)
+                persistent = {"is_persistent": write_back}
+                yield aot.DecodeCase(**shape, **persistent, options=options)
+        if layout == q_dtype:
+            is_large = arch.startswith("gfx") and index % 2 == 1
+            yield aot.DecodeCase(**shape, num_kv_splits=(1, 8)[index % 2], is_large=is_large)
+
+
+def check(arch):
+    """Compile and print."""
+    reached = {key[0] for key in shapes(arch)}
+    print(json.dumps({"unreached": [r.where for r in tuning.rows(arch) if r.where not in reached]}))
+    for built in aot.build(cases(arch)):
+        asm = built.compiled.asm
+        text = asm.get("ptx") or asm["amdgcn"]
+        result = {
+            "name": built.name,
+            "configuration": built.configuration,
+            "cases": built.cases,
+            "excess": built.resources.excess(arch),
+            "resources": asdict(built.resources),
+            "is_binary": (asm.get("cubin") or asm["hsaco"])[:4] == b"\x7fELF",
+            "matrix_instructions": sum(text.count(name) for name in INSTRUCTIONS),
+        }
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    check(sys.argv[1])
