@@ -182,7 +182,8 @@ def test_plan_explains_itself(seed):
     plan = plan_of(case, inputs)
     assert plan.num_kv_splits > 1
     assert "multiprocessors" in str(plan)
-    assert "BLOCK_N=" in str(plan)
+    for name, value in plan.schedule.config.items():
+        assert f"{name}={value}" in str(plan)
     assert plan_of(case, inputs, num_kv_splits=5).num_kv_splits == 5
     assert plan_of(case, inputs, batch_invariant=True).schedule.because.startswith("fixed by")
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from mla_core.backend import Backend
 from mla_core.errors import BackendUnavailableError
 from mla_core.problem import Capability, Verified
+from mla_triton.hopper import HOPPER
 
 #: Architectures with a tuning table of their own; others are refused until somebody tunes them.
 GPU_ARCHS = frozenset({"sm90", "gfx942", "gfx950"})
@@ -106,5 +107,5 @@ BACKEND = Backend(
         "plan_decode": "mla_triton.decode:plan_decode",
         "decode": "mla_triton.decode:decode",
     },
-    capabilities=(*_GPU_ROWS, *map(_in_interpreter, _GPU_ROWS)),
+    capabilities=(HOPPER, *_GPU_ROWS, *map(_in_interpreter, _GPU_ROWS)),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -13,8 +14,8 @@ from mla_core.errors import UnsupportedProblemError
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule, bind_schedule
 from mla_core.reduce import reduce_partials
 from mla_core.rope import RopeInputs
+from mla_triton import hopper, tuning, worklist
 from mla_triton import rope as fused_rope
-from mla_triton import tuning, worklist
 from mla_triton.arguments import power_of_two, scale_group_of, scales_of
 from mla_triton.splits import INVARIANT_SPLITS, choose_splits
 
@@ -46,6 +47,8 @@ def plan_decode(request: PlanRequest) -> Schedule:
         )
     if "persistent" in request.problem.features:
         return make_schedule(request, worklist.choose_config(request))
+    if not hopper.HOPPER.why_not(request.problem):
+        return hopper.make_schedule(request, _multiprocessors(request.device_index))
     return make_schedule(request, tuning.choose(request))
 
 
@@ -126,6 +129,21 @@ def decode(
             rope=rope,
         )
         return
+    if plan.schedule.kernel.startswith("hopper"):
+        if hopper.is_aligned(ql_nope, q_pe, kv):
+            hopper.decode(
+                ql_nope,
+                q_pe,
+                kv,
+                plan,
+                sm_scale=sm_scale,
+                out=out,
+                lse=lse,
+                sink=sink,
+                global_kv_lens=global_kv_lens,
+            )
+            return
+        plan = replace(plan, schedule=_unaligned(plan.request))
     num_splits = plan.num_kv_splits
     cache = kv.cache
     if num_splits == 1:
@@ -163,6 +181,16 @@ def decode(
             sink=sink,
             backend="triton",
         )
+
+
+@functools.cache
+def _unaligned(request: PlanRequest) -> Schedule:
+    """Return the portable kernel's schedule that needs no workspace.
+
+    Planning does not see where rows start; those of a plan for Hopper that start at odd bytes are
+    found out when they are used.
+    """
+    return make_schedule(replace(request, num_kv_splits=1), tuning.choose(request))
 
 
 def launch_decode(

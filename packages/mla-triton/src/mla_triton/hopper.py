@@ -1,0 +1,354 @@
+"""Dense decode on NVIDIA Hopper: choose tile and schedule, then launch the kernel and the merge.
+
+The kernels are in `mla_triton.kernels.hopper`. They take bf16 and fp16 caches of the standard
+layout and every mask; what they do not take goes to the portable kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mla_core.batch import PagedKV
+from mla_core.dtypes import torch_dtype
+from mla_core.plan import DecodePlan, PlanRequest, Schedule, bind_schedule
+from mla_core.problem import Capability, Verified
+
+#: Cached tokens of a tile, as in the kernels.
+TILE = 64
+#: Rows of a wide program.
+WIDE = 64
+#: Requests count as ragged when the longest is this much longer than the average.
+RAGGED = 1.25
+#: Runs of a ``batch_invariant`` plan, and the shortest run in tiles: the same for every batch.
+INVARIANT_RUNS = 16
+INVARIANT_TILES = 4
+
+# What things cost, in tiles (2 us); fitted to an H200.
+_START = 2.5
+_MERGE = 1.5
+_TILE_BYTES = 7e6  # partials written and read in the time of a tile
+_LINE_START = 3  # as `mla_triton.kernels.hopper.schedule.START_COST`
+
+HOPPER = Capability(
+    op="decode",
+    kernel="hopper_decode",
+    archs=frozenset({"sm90"}),
+    q_dtypes=frozenset({"bf16", "fp16"}),
+    kv_dtypes=frozenset({"bf16", "fp16"}),
+    same_dtypes=True,
+    layouts=frozenset({"standard"}),
+    page_sizes=range(1, 2**20 + 1),
+    num_heads=range(1, 129),
+    kv_lora_ranks=frozenset({256, 512}),
+    rope_dims=frozenset({32, 64}),
+    features=frozenset(
+        {"lse", "non_causal", "window", "softcap", "sink", "cp_round_robin", "batch_invariant"}
+    ),
+    verified=(Verified("sm90", "ran", "2026-11-21", "benchmarks/results/sm90/tests_gpu.log"),),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How a batch is dealt to workers, a worker being one program for each block of rows.
+
+    Parameters
+    ----------
+    num_workers : int
+    runs : int
+        Most runs a request is cut into, each for one worker; 0 deals spans of all requests instead.
+    min_tiles : int
+        Shortest run.
+    """
+
+    num_workers: int
+    runs: int
+    min_tiles: int = 1
+
+    @property
+    def has_merge(self) -> bool:
+        """Whether a request may be cut."""
+        return self.runs != 1
+
+
+def make_schedule(
+    request: PlanRequest, multiprocessors: int, shares: Shares | None = None
+) -> Schedule:
+    """Return the schedule of a problem that `HOPPER` takes; tests may give the shares."""
+    dims = request.problem.dims
+    is_invariant = "batch_invariant" in request.problem.features
+    tile_rows = rows_of_a_program(dims.num_heads * (1 if is_invariant else request.max_seqlen_q))
+    row_blocks = max(1, -(-dims.num_heads * request.max_seqlen_q // tile_rows))
+    because = "shares were passed"
+    if shares is None:
+        shares, because = deal(request, tile_rows, row_blocks, multiprocessors)
+    notes = request.batch_size if shares.runs else shares.num_workers
+    workspace: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"note": ((notes, 4), torch.int32)}
+    if shares.has_merge:
+        rows = (2 * shares.num_workers, row_blocks, tile_rows)
+        workspace["partial_out"] = ((*rows, dims.kv_lora_rank), torch.float32)
+        workspace["partial_lse"] = (rows, torch.float32)
+    return Schedule(
+        kernel="hopper_wide" if tile_rows == WIDE else "hopper_narrow",
+        num_kv_splits=shares.runs or shares.num_workers,
+        because=because,
+        config={
+            "M": tile_rows,
+            "row_blocks": row_blocks,
+            "num_workers": shares.num_workers,
+            "max_runs": shares.runs,
+            "min_tiles": shares.min_tiles,
+        },
+        workspace=workspace,
+    )
+
+
+def with_shares(plan: DecodePlan, shares: Shares) -> DecodePlan:
+    """Return a plan of this kernel whose work is dealt otherwise, for tests."""
+    schedule = make_schedule(plan.request, 0, shares)
+    return bind_schedule(
+        plan.request, schedule, plan.backend, plan.run, plan.qo_indptr, plan.choice
+    )
+
+
+def rows_of_a_program(num_rows: int) -> int:
+    """Return the smallest tile that holds so many query rows, 64 for more than 32."""
+    return next((rows for rows in (8, 16, 32) if num_rows <= rows), WIDE)
+
+
+def deal(
+    request: PlanRequest, tile_rows: int, row_blocks: int, multiprocessors: int
+) -> tuple[Shares, str]:
+    """Return the shares with the least estimated time, and why."""
+    batch_size = max(request.batch_size, 1)
+    if request.num_kv_splits is not None:
+        runs = request.num_kv_splits
+        return Shares(batch_size * runs, runs), "num_kv_splits was passed"
+    if "batch_invariant" in request.problem.features:
+        workers = batch_size * INVARIANT_RUNS
+        return Shares(workers, INVARIANT_RUNS, INVARIANT_TILES), "fixed by batch_invariant"
+    groups = max(1, multiprocessors // row_blocks)
+    longest = max(1, -(-request.max_seqlen_k // TILE))
+    # The index buffer may be over-allocated: it bounds the mean only from above.
+    tokens = request.total_pages * request.problem.page_size
+    mean = max(1.0, min(tokens / batch_size / TILE, longest))
+    partial_tiles = row_blocks * tile_rows * request.problem.dims.kv_lora_rank * 8 / _TILE_BYTES
+    line = (
+        math.ceil((mean + _LINE_START) * batch_size / groups)
+        + _START
+        + _MERGE
+        + partial_tiles * (groups + min(groups, batch_size))
+    )
+    because = f"{batch_size} x {row_blocks} programs on {multiprocessors} multiprocessors"
+    if longest > RAGGED * mean:
+        return Shares(groups, 0), f"{because}, ragged"
+
+    def even(runs: int) -> float:
+        waves = -(-batch_size * row_blocks * runs // multiprocessors)
+        merge = _MERGE + partial_tiles * batch_size * runs if runs > 1 else 0.0
+        return waves * (math.ceil(mean / runs) + _START) + merge
+
+    runs = min(range(1, min(longest, max(1, groups)) + 1), key=even)
+    if line < even(runs):
+        return Shares(groups, 0), f"{because}, spans of all requests"
+    return Shares(batch_size * runs, runs), because
+
+
+def is_aligned(ql_nope: torch.Tensor, q_pe: torch.Tensor, kv: PagedKV) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, which asynchronous copies need."""
+    parts = (ql_nope, q_pe, kv.cache.field("kv_c"), kv.cache.field("k_pe"))
+    return all(
+        part.data_ptr() % 16 == 0
+        and all(stride * part.element_size() % 16 == 0 for stride in part.stride()[:2])
+        for part in parts
+    )
+
+
+def decode(
+    ql_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv: PagedKV,
+    plan: DecodePlan,
+    *,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sink: torch.Tensor | None = None,
+    global_kv_lens: torch.Tensor | None = None,
+) -> None:
+    """Write ``out`` and ``lse`` for every query token; see `mla_core.decode`.
+
+    Notes
+    -----
+    Reads every length on the device: no sync and no allocation, so a captured graph replays with
+    other lengths. Query rows past ``qo_indptr[-1]`` are left as they are.
+    """
+    from mla_triton.kernels.hopper.merge import merge_kernel
+    from mla_triton.kernels.hopper.narrow import narrow_kernel
+    from mla_triton.kernels.hopper.wide import wide_kernel
+
+    request, options = plan.request, plan.options
+    config = plan.schedule.config
+    rank, rope = plan.dims.kv_lora_rank, plan.dims.qk_rope_head_dim
+    if not request.batch_size or not request.max_seqlen_q or not out.numel():
+        return
+    kv_c, k_pe = kv.cache.field("kv_c"), kv.cache.field("k_pe")
+    kv_c_desc, k_pe_desc, page_rows = _descriptors(kv_c, k_pe)
+    note = plan.workspace["note"]
+    # Without a merge nothing is written there.
+    partial_out = plan.workspace.get("partial_out", note)
+    partial_lse = plan.workspace.get("partial_lse", note)
+    lse_or_unused = note if lse is None else lse
+    lse_strides = (0, 0) if lse is None else lse.stride()
+    tile_rows = config["M"]
+    kernel, launch = (
+        (wide_kernel, _WIDE_LAUNCH)
+        if tile_rows == WIDE
+        else (narrow_kernel, _narrow_launch(tile_rows, rank))
+    )
+    kernel[(config["num_workers"] * config["row_blocks"],)](
+        out,
+        lse_or_unused,
+        partial_out,
+        partial_lse,
+        note,
+        ql_nope,
+        q_pe,
+        kv_c,
+        k_pe,
+        kv_c_desc,
+        k_pe_desc,
+        plan.qo_indptr,
+        kv.kv_indptr,
+        kv.kv_page_indices,
+        kv.kv_last_page_len,
+        kv.kv_indptr if global_kv_lens is None else global_kv_lens,
+        note if sink is None else sink,
+        sm_scale * math.log2(math.e),
+        options.softcap,
+        options.window or 0,
+        options.cp_world_size,
+        options.cp_rank,
+        request.batch_size,
+        plan.dims.num_heads,
+        kv.cache.num_pages,
+        page_rows,
+        config["row_blocks"],
+        config["num_workers"],
+        config["max_runs"],
+        config["min_tiles"],
+        *out.stride()[:2],
+        *lse_strides,
+        *ql_nope.stride()[:2],
+        *q_pe.stride()[:2],
+        *kv_c.stride()[:2],
+        *k_pe.stride()[:2],
+        D=rank,
+        R=rope,
+        PAGE_SIZE=kv.page_size,
+        EVEN=config["max_runs"] > 0,
+        IS_CAUSAL=options.causal,
+        IS_CP=options.cp_world_size > 1,
+        HAS_LSE=lse is not None,
+        HAS_SINK=sink is not None,
+        HAS_SOFTCAP=options.softcap > 0,
+        HAS_WINDOW=options.window is not None,
+        **launch,
+    )
+    if "partial_out" in plan.workspace:
+        rows, unroll, warps = _merge_launch(config["max_runs"])
+        merge_kernel[(note.shape[0], config["row_blocks"] * tile_rows // rows)](
+            out,
+            lse_or_unused,
+            partial_out,
+            partial_lse,
+            note,
+            note if sink is None else sink,
+            plan.dims.num_heads,
+            config["row_blocks"],
+            *out.stride()[:2],
+            *lse_strides,
+            D=rank,
+            M=tile_rows,
+            ROWS=rows,
+            UNROLL=unroll,
+            HAS_LSE=lse is not None,
+            HAS_SINK=sink is not None,
+            num_warps=warps,
+            launch_pdl=True,
+        )
+
+
+_WIDE_LAUNCH = {"LOADERS": 4, "RIGHT_REGISTERS": 168, "LOADER_REGISTERS": 72, "num_warps": 4}
+
+
+def _narrow_launch(tile_rows: int, kv_lora_rank: int) -> dict[str, int]:
+    """Return stages that fit 227 KiB of shared memory, and registers."""
+    stages_a, stages_b = (3, 3) if kv_lora_rank <= 256 else (3, 2) if tile_rows <= 8 else (2, 2)
+    return {
+        "M": tile_rows,
+        "LOADERS": 4,
+        "STAGES_A": stages_a,
+        "STAGES_B": stages_b,
+        "LOADER_REGISTERS": 120,
+        "num_warps": 4,
+    }
+
+
+def _merge_launch(max_runs: int) -> tuple[int, int, int]:
+    """Return rows of a program, pieces in flight and warps: many pieces want many loads at once."""
+    if max_runs > 16:
+        return 1, 64, 16
+    return (1, 16, 8) if max_runs > 4 else (2, 4, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What a tensor descriptor needs of a tensor; keeps no memory alive."""
+
+    pointer: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+def _descriptors(kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[object, object, int]:
+    """Return tensor descriptors of both parts and the rows from page to page; none without TMA.
+
+    TMA copies a tile out of one page, so pages hold whole tiles and lie whole rows apart.
+    """
+    num_pages, page_size, rank = kv_c.shape
+    for part in (kv_c, k_pe):
+        page_stride, token_stride = part.stride()[:2]
+        if page_size % TILE or (num_pages > 1 and page_stride % token_stride):
+            return None, None, 0
+    page_rows = kv_c.stride(0) // kv_c.stride(1) if num_pages > 1 else page_size
+    pe_rows = k_pe.stride(0) // k_pe.stride(1) if num_pages > 1 else page_size
+    num_rows = (num_pages - 1) * page_rows + page_size
+    if page_rows != pe_rows or num_rows >= 2**31:
+        return None, None, 0
+    return (
+        _descriptor(kv_c.data_ptr(), kv_c.dtype, num_rows, rank, kv_c.stride(1), rank // 2),
+        _descriptor(
+            k_pe.data_ptr(), k_pe.dtype, num_rows, k_pe.shape[2], k_pe.stride(1), k_pe.shape[2]
+        ),
+        page_rows,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _descriptor(
+    pointer: int, dtype: torch.dtype, num_rows: int, width: int, stride: int, block: int
+) -> object:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    element = gl.bfloat16 if dtype == torch_dtype("bf16") else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([TILE, block], element)
+    memory = _Memory(pointer, dtype)
+    return TensorDescriptor(memory, [num_rows, width], [stride, 1], [TILE, block], layout)

@@ -1,0 +1,16 @@
+"""Names that moved between the releases of Gluon we support."""
+
+from __future__ import annotations
+
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
+from triton.language.core import _aggregate as aggregate
+
+#: Copy a tile through a tensor descriptor: ``(descriptor, coordinates, barrier, shared memory)``.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+#: Copy elements asynchronously: ``(shared memory, pointers, mask=)``.
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+#: Wait for the threads of the partition.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+__all__ = ["aggregate", "barrier", "copy_async", "tma_load"]

@@ -1,0 +1,399 @@
+"""The partition that loads: query rows and tiles of cached tokens into shared memory.
+
+A tile is 64 tokens in two halves, ``a`` (the first half of the latent, and the rotary part) and
+``b`` (the other half), each with its own ring of buffers and barriers, so that one half can be
+refilled while the other is still read. A whole tile inside one page comes through TMA; every other
+one token by token with ``cp.async``, where dead tokens become zeros and get a bias of -inf.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+)
+
+from mla_triton.kernels.hopper._gluon import aggregate, barrier, copy_async, tma_load
+from mla_triton.kernels.hopper.schedule import deal, next_item
+
+#: Cached tokens of a tile.
+TILE = gl.constexpr(64)
+
+
+@aggregate
+class Rows:
+    """Where query rows come from, and where they go in shared memory."""
+
+    ql_nope_ptr: gl.tensor  # [total_q, num_heads, D]
+    q_pe_ptr: gl.tensor  # [total_q, num_heads, R]
+    num_heads: gl.tensor
+    ql_nope_stride_t: gl.tensor  # elements
+    ql_nope_stride_h: gl.tensor
+    q_pe_stride_t: gl.tensor
+    q_pe_stride_h: gl.tensor
+    nope: gl.shared_memory_descriptor  # [2, M, D / 2]
+    rope: gl.shared_memory_descriptor  # [M, R]
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        ql_nope_ptr,
+        q_pe_ptr,
+        num_heads,
+        ql_nope_stride_t,
+        ql_nope_stride_h,
+        q_pe_stride_t,
+        q_pe_stride_h,
+        nope,
+        rope,
+    ):
+        self.ql_nope_ptr = ql_nope_ptr
+        self.q_pe_ptr = q_pe_ptr
+        self.num_heads = num_heads
+        self.ql_nope_stride_t = ql_nope_stride_t
+        self.ql_nope_stride_h = ql_nope_stride_h
+        self.q_pe_stride_t = q_pe_stride_t
+        self.q_pe_stride_h = q_pe_stride_h
+        self.nope = nope
+        self.rope = rope
+
+
+@aggregate
+class Cache:
+    """A paged cache in device memory.
+
+    The descriptors are absent where TMA does not apply: pages that are no multiple of a tile.
+    """
+
+    kv_c_ptr: gl.tensor  # [num_pages, PAGE_SIZE, D]
+    k_pe_ptr: gl.tensor  # [num_pages, PAGE_SIZE, R]
+    page_indices_ptr: gl.tensor
+    num_pages: gl.tensor
+    kv_c_stride_p: gl.tensor  # elements
+    kv_c_stride_t: gl.tensor
+    k_pe_stride_p: gl.tensor
+    k_pe_stride_t: gl.tensor
+    page_rows: gl.tensor  # rows of the descriptors' view from one page to the next
+    PAGE_SIZE: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        kv_c_ptr,
+        k_pe_ptr,
+        page_indices_ptr,
+        num_pages,
+        kv_c_stride_p,
+        kv_c_stride_t,
+        k_pe_stride_p,
+        k_pe_stride_t,
+        page_rows,
+        PAGE_SIZE,
+    ):
+        self.kv_c_ptr = kv_c_ptr
+        self.k_pe_ptr = k_pe_ptr
+        self.page_indices_ptr = page_indices_ptr
+        self.num_pages = num_pages
+        self.kv_c_stride_p = kv_c_stride_p
+        self.kv_c_stride_t = kv_c_stride_t
+        self.k_pe_stride_p = k_pe_stride_p
+        self.k_pe_stride_t = k_pe_stride_t
+        self.page_rows = page_rows
+        self.PAGE_SIZE = gl.constexpr(PAGE_SIZE)
+
+
+@aggregate
+class Tiles:
+    """The rings of tiles in shared memory with their barriers; counts run over a whole kernel."""
+
+    a: gl.shared_memory_descriptor  # [STAGES_A, TILE, D / 2]
+    b: gl.shared_memory_descriptor  # [STAGES_B, TILE, D / 2]
+    rope: gl.shared_memory_descriptor  # [STAGES_A, TILE, R]
+    bias: gl.shared_memory_descriptor  # [STAGES_A, TILE] f32: 0 for live tokens, -inf for dead ones
+    full_a: gl.shared_memory_descriptor
+    free_a: gl.shared_memory_descriptor
+    full_b: gl.shared_memory_descriptor
+    free_b: gl.shared_memory_descriptor
+    STAGES_A: gl.constexpr
+    STAGES_B: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, a, b, rope, bias, full_a, free_a, full_b, free_b, STAGES_A, STAGES_B):
+        self.a = a
+        self.b = b
+        self.rope = rope
+        self.bias = bias
+        self.full_a = full_a
+        self.free_a = free_a
+        self.full_b = full_b
+        self.free_b = free_b
+        self.STAGES_A = gl.constexpr(STAGES_A)
+        self.STAGES_B = gl.constexpr(STAGES_B)
+
+    @gluon.jit
+    def wait_a(self, count):
+        """Wait until half a of the count-th tile has arrived; return its stage."""
+        stage = count % self.STAGES_A
+        mbarrier.wait(self.full_a.index(stage), (count // self.STAGES_A) & 1)
+        return stage
+
+    @gluon.jit
+    def wait_b(self, count):
+        """Wait until half b of the count-th tile has arrived; return its stage."""
+        stage = count % self.STAGES_B
+        mbarrier.wait(self.full_b.index(stage), (count // self.STAGES_B) & 1)
+        return stage
+
+    @gluon.jit
+    def release_a(self, count):
+        """Give half a of the count-th tile back to the loader."""
+        mbarrier.arrive(self.free_a.index(count % self.STAGES_A), count=1)
+
+    @gluon.jit
+    def release_b(self, count):
+        """Give half b of the count-th tile back to the loader."""
+        mbarrier.arrive(self.free_b.index(count % self.STAGES_B), count=1)
+
+    @gluon.jit
+    def claim_a(self, count):
+        """Wait until half a may be overwritten for the count-th tile; return its stage."""
+        stage = count % self.STAGES_A
+        mbarrier.wait(self.free_a.index(stage), ((count // self.STAGES_A) & 1) ^ 1)
+        return stage
+
+    @gluon.jit
+    def claim_b(self, count):
+        """Wait until half b may be overwritten for the count-th tile; return its stage."""
+        stage = count % self.STAGES_B
+        mbarrier.wait(self.free_b.index(stage), ((count // self.STAGES_B) & 1) ^ 1)
+        return stage
+
+
+@gluon.jit
+def allocate_tiles(
+    dtype: gl.constexpr,
+    HALF: gl.constexpr,
+    R: gl.constexpr,
+    STAGES_A: gl.constexpr,
+    STAGES_B: gl.constexpr,
+    LOADERS: gl.constexpr,
+):
+    """Allocate the rings and initialise their barriers for a loader of LOADERS warps."""
+    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, HALF], dtype)
+    rope: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, R], dtype)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    full_a = gl.allocate_shared_memory(gl.int64, [STAGES_A, 1], mbarrier.MBarrierLayout())
+    free_a = gl.allocate_shared_memory(gl.int64, [STAGES_A, 1], mbarrier.MBarrierLayout())
+    full_b = gl.allocate_shared_memory(gl.int64, [STAGES_B, 1], mbarrier.MBarrierLayout())
+    free_b = gl.allocate_shared_memory(gl.int64, [STAGES_B, 1], mbarrier.MBarrierLayout())
+    # Every thread of the loader arrives when its copies are done, and once more for TMA's bytes.
+    for stage in gl.static_range(STAGES_A):
+        mbarrier.init(full_a.index(stage), count=32 * LOADERS + 1)
+        mbarrier.init(free_a.index(stage), count=1)
+    for stage in gl.static_range(STAGES_B):
+        mbarrier.init(full_b.index(stage), count=32 * LOADERS + 1)
+        mbarrier.init(free_b.index(stage), count=1)
+    return Tiles(
+        gl.allocate_shared_memory(dtype, [STAGES_A, TILE, HALF], half),
+        gl.allocate_shared_memory(dtype, [STAGES_B, TILE, HALF], half),
+        gl.allocate_shared_memory(dtype, [STAGES_A, TILE, R], rope),
+        gl.allocate_shared_memory(gl.float32, [STAGES_A, TILE], flat),
+        full_a,
+        free_a,
+        full_b,
+        free_b,
+        STAGES_A,
+        STAGES_B,
+    )
+
+
+@gluon.jit
+def _arrive(barrier):
+    """Let every thread of the partition arrive at a barrier once its copies are done."""
+    async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+@gluon.jit
+def load_rows(rows, q_begin, q_len, first_row, M: gl.constexpr, D: gl.constexpr, R: gl.constexpr):
+    """Copy M query rows for the calling partition; rows past the request's last become zeros."""
+    HALF: gl.constexpr = D // 2
+    LANES: gl.constexpr = R // 8
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0]
+    )
+    row = first_row + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
+    d = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+    r = gl.arange(0, R, layout=gl.SliceLayout(0, layout))
+    token = (q_begin + row // rows.num_heads).to(gl.int64)
+    head = (row % rows.num_heads).to(gl.int64)
+    nope = rows.ql_nope_ptr + (token * rows.ql_nope_stride_t + head * rows.ql_nope_stride_h)
+    rope = rows.q_pe_ptr + (token * rows.q_pe_stride_t + head * rows.q_pe_stride_h)
+    is_row = (row < q_len * rows.num_heads)[:, None]
+    barrier()  # every warp is done with the rows before
+    for half in gl.static_range(2):
+        source = nope[:, None] + (d + half * HALF)[None, :]
+        copy_async(rows.nope.index(half), source, mask=is_row)
+    copy_async(rows.rope, rope[:, None] + r[None, :], mask=is_row)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _load_whole(
+    cache,
+    kv_c_desc,
+    k_pe_desc,
+    tiles,
+    row,
+    count,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Start copying a tile that lies in one page, all of it live, through TMA."""
+    HALF: gl.constexpr = D // 2
+    BYTES: gl.constexpr = cache.kv_c_ptr.dtype.element_ty.primitive_bitwidth // 8
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    a = tiles.claim_a(count)
+    tiles.bias.index(a).store(gl.full([TILE], 0.0, gl.float32, flat))
+    mbarrier.expect(tiles.full_a.index(a), TILE * (HALF + R) * BYTES)
+    tma_load(kv_c_desc, [row, 0], tiles.full_a.index(a), tiles.a.index(a))
+    tma_load(k_pe_desc, [row, 0], tiles.full_a.index(a), tiles.rope.index(a))
+    _arrive(tiles.full_a.index(a))
+    b = tiles.claim_b(count)
+    mbarrier.expect(tiles.full_b.index(b), TILE * HALF * BYTES)
+    tma_load(kv_c_desc, [row, HALF], tiles.full_b.index(b), tiles.b.index(b))
+    _arrive(tiles.full_b.index(b))
+
+
+@gluon.jit
+def _load_tokens(
+    cache,
+    tiles,
+    page_begin,
+    start,
+    lowest,
+    highest,
+    count,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Start copying a tile token by token.
+
+    Tokens that nobody sees, on hidden pages or outside [lowest, highest), are dead: their memory
+    may hold NaN.
+    """
+    HALF: gl.constexpr = D // 2
+    LANES: gl.constexpr = R // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    d = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+    r = gl.arange(0, R, layout=gl.SliceLayout(0, layout))
+    token = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
+    ids = cache.page_indices_ptr + page_begin
+    is_seen = (token >= lowest) & (token < highest)
+    page = gl.load(ids + token // cache.PAGE_SIZE, mask=is_seen, other=-1)
+    token_again = start + gl.arange(0, TILE, layout=flat)
+    is_seen_again = (token_again >= lowest) & (token_again < highest)
+    page_again = gl.load(ids + token_again // cache.PAGE_SIZE, mask=is_seen_again, other=-1)
+    bias = gl.where((page_again >= 0) & (page_again < cache.num_pages), 0.0, float("-inf"))
+    is_live = ((page >= 0) & (page < cache.num_pages))[:, None]
+    offset = (token % cache.PAGE_SIZE).to(gl.int64)
+    page = page.to(gl.int64)
+    kv_c = cache.kv_c_ptr + (page * cache.kv_c_stride_p + offset * cache.kv_c_stride_t)
+    k_pe = cache.k_pe_ptr + (page * cache.k_pe_stride_p + offset * cache.k_pe_stride_t)
+    a = tiles.claim_a(count)
+    tiles.bias.index(a).store(bias)
+    source = kv_c[:, None] + d[None, :]
+    copy_async(tiles.a.index(a), source, mask=is_live)
+    source = k_pe[:, None] + r[None, :]
+    copy_async(tiles.rope.index(a), source, mask=is_live)
+    mbarrier.arrive(tiles.full_a.index(a), count=1)
+    _arrive(tiles.full_a.index(a))
+    b = tiles.claim_b(count)
+    source = kv_c[:, None] + (d + HALF)[None, :]
+    copy_async(tiles.b.index(b), source, mask=is_live)
+    mbarrier.arrive(tiles.full_b.index(b), count=1)
+    _arrive(tiles.full_b.index(b))
+
+
+@gluon.jit
+def load_tiles(
+    cache,
+    kv_c_desc,
+    k_pe_desc,
+    tiles,
+    page_begin,
+    first,
+    last,
+    lowest,
+    highest,
+    count,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Start copying the tiles [first, last) of a request; return the count of the next tile."""
+    for tile in range(first, last):
+        start = tile * TILE
+        if kv_c_desc is None:
+            _load_tokens(cache, tiles, page_begin, start, lowest, highest, count, D, R, WARPS)
+        else:
+            page = gl.load(cache.page_indices_ptr + page_begin + start // cache.PAGE_SIZE)
+            is_inside = (start >= lowest) & (start + TILE <= highest)
+            if is_inside & (page >= 0) & (page < cache.num_pages):
+                row = page * cache.page_rows + start % cache.PAGE_SIZE
+                _load_whole(cache, kv_c_desc, k_pe_desc, tiles, row, count, D, R, WARPS)
+            else:
+                _load_tokens(cache, tiles, page_begin, start, lowest, highest, count, D, R, WARPS)
+        count += 1
+    return count
+
+
+@gluon.jit
+def load_partition(
+    batch,
+    shares,
+    rows,
+    cache,
+    kv_c_desc,
+    k_pe_desc,
+    tiles,
+    worker,
+    block,
+    M: gl.constexpr,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Feed the spans of a worker to the partitions that compute."""
+    count = worker * 0
+    work = deal(batch, shares, worker)
+    request = work.request
+    begin = work.begin
+    place = work.place
+    while (place < work.finish) & (request < batch.batch_size):
+        item = next_item(batch, work, request, begin, place)
+        if item.is_item & (block * M < item.q_len * rows.num_heads) & (item.first < item.last):
+            count = load_tiles(
+                cache,
+                kv_c_desc,
+                k_pe_desc,
+                tiles,
+                item.page_begin,
+                item.first,
+                item.last,
+                item.lowest,
+                item.highest,
+                count,
+                D,
+                R,
+                WARPS,
+            )
+        begin = item.next_begin
+        place = item.next_begin
+        request += 1

@@ -1,0 +1,355 @@
+"""Absorbed MLA decode for up to 32 query rows (query token x head) of a request.
+
+s.T = sm_scale * (kv_c @ ql_nope.T + k_pe @ q_pe.T);  out.T = kv_c.T @ softmax(s).T
+
+wgmma multiplies 64 rows at least, so the tokens take that side and the query rows the narrow one:
+few heads need no padding to 64. One warp group computes, another loads.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from mla_triton.kernels.hopper._gluon import barrier
+from mla_triton.kernels.hopper.load import (
+    TILE,
+    Cache,
+    Rows,
+    allocate_tiles,
+    load_partition,
+    load_rows,
+)
+from mla_triton.kernels.hopper.output import Output
+from mla_triton.kernels.hopper.schedule import Batch, Shares, deal, next_item
+from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, scale_scores
+
+
+@gluon.jit
+def _attend(
+    batch,
+    shares,
+    rows,
+    tiles,
+    p_smem,
+    output,
+    worker,
+    block,
+    sm_scale_log2,
+    softcap,
+    M: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+):
+    HALF: gl.constexpr = output.D // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    columns: gl.constexpr = gl.SliceLayout(0, layout)
+    tokens: gl.constexpr = gl.SliceLayout(1, layout)
+    dtype: gl.constexpr = rows.nope.dtype
+    local = gl.arange(0, M, layout=columns)
+    row = block * M + local
+    count = worker * 0
+    work = deal(batch, shares, worker)
+    request = work.request
+    begin = work.begin
+    place = work.place
+    if not shares.EVEN:
+        output.note(worker, block, 0, 0, 0, 0)
+    while (place < work.finish) & (request < batch.batch_size):
+        item = next_item(batch, work, request, begin, place)
+        if item.is_item & item.is_end & (shares.EVEN | (not item.is_begin)):
+            first_worker = work.first_worker(worker)
+            output.note(
+                work.note(worker),
+                block,
+                first_worker,
+                worker - first_worker + 1,
+                item.q_begin,
+                item.q_len,
+            )
+        if item.is_item & (block * M < item.q_len * output.num_heads):
+            q_idx = row // output.num_heads
+            is_row = q_idx < item.q_len
+            limit = batch.limit(q_idx, item.q_len, item.kv_len, item.global_len)
+            first_limit = batch.limit(item.q_len * 0, item.q_len, item.kv_len, item.global_len)
+            lowest = q_idx * 0
+            last_lowest = item.q_len * 0
+            if batch.HAS_WINDOW:
+                lowest = batch.lowest(q_idx, item.q_len, item.global_len)
+                last_lowest = batch.lowest(item.q_len - 1, item.q_len, item.global_len)
+            m = gl.full([M], float("-inf"), gl.float32, columns)
+            # Summed over tokens at the end: one reduction across warps instead of one a tile.
+            weights = gl.zeros([TILE, M], gl.float32, layout)
+            left = gl.zeros([HALF, M], gl.float32, layout)
+            right = gl.zeros([HALF, M], gl.float32, layout)
+            if item.first < item.last:
+                load_rows(
+                    rows, item.q_begin, item.q_len, block * M, M, output.D, rows.rope.shape[1]
+                )
+            for tile in range(item.first, item.last):
+                start = tile * TILE
+                s = gl.zeros([TILE, M], gl.float32, layout)
+                a = tiles.wait_a(count)
+                fence_async_shared()
+                query = rows.nope.index(0).permute((1, 0))
+                s = warpgroup_mma(tiles.a.index(a), query, s, use_acc=False, is_async=True)
+                query = rows.rope.permute((1, 0))
+                s = warpgroup_mma(tiles.rope.index(a), query, s, is_async=True)
+                bias = tiles.bias.index(a).load(tokens)
+                b = tiles.wait_b(count)
+                fence_async_shared()
+                query = rows.nope.index(1).permute((1, 0))
+                s = warpgroup_mma(tiles.b.index(b), query, s, is_async=True)
+                s = warpgroup_mma_wait(0, deps=[s])
+                s = scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP) + bias[:, None]
+                if (start + TILE > first_limit) | (start < last_lowest):
+                    token = start + gl.arange(0, TILE, layout=tokens)
+                    s = hide(s, token[:, None], limit[None, :], lowest[None, :], batch.HAS_WINDOW)
+                m_new = gl.maximum(m, gl.max(s, 0))
+                m_safe = finite_or_zero(m_new)
+                p = gl.exp2(s - m_safe[None, :])
+                alpha = gl.exp2(m - m_safe)
+                m = m_new
+                p_smem.store(p.to(dtype).permute((1, 0)))
+                fence_async_shared()
+                weights = weights * alpha[None, :] + p
+                left = left * alpha[None, :]
+                right = right * alpha[None, :]
+                barrier()
+                weight = p_smem.permute((1, 0))
+                value = tiles.a.index(a).permute((1, 0))
+                left = warpgroup_mma(value, weight, left, is_async=True)
+                value = tiles.b.index(b).permute((1, 0))
+                right = warpgroup_mma(value, weight, right, is_async=True)
+                left = warpgroup_mma_wait(1, deps=[left])
+                tiles.release_a(count)
+                right = warpgroup_mma_wait(0, deps=[right])
+                tiles.release_b(count)
+                count += 1
+            is_whole = item.is_begin & item.is_end
+            factor, lse = finish_rows(
+                m,
+                gl.sum(weights, 0),
+                output.sink_ptr,
+                row % output.num_heads,
+                is_row,
+                is_whole,
+                output.HAS_SINK,
+            )
+            partial_row = output.partial_row(worker, item.is_begin, block, M)
+            output.store_lse(lse, local, row, item.q_begin, is_row, is_whole, partial_row)
+            left = left * factor[None, :]
+            right = right * factor[None, :]
+            output.store(
+                left.permute((1, 0)),
+                rows.nope.index(0),
+                0,
+                block * M,
+                item.q_begin,
+                item.q_len,
+                is_whole,
+                partial_row,
+            )
+            output.store(
+                right.permute((1, 0)),
+                rows.nope.index(1),
+                HALF,
+                block * M,
+                item.q_begin,
+                item.q_len,
+                is_whole,
+                partial_row,
+            )
+        begin = item.next_begin
+        place = item.next_begin
+        request += 1
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "batch_size",
+        "num_heads",
+        "num_pages",
+        "window",
+        "cp_world_size",
+        "cp_rank",
+        "row_blocks",
+        "num_workers",
+        "max_runs",
+        "min_tiles",
+        "lse_stride_t",
+        "lse_stride_h",
+        "page_rows",
+    ]
+)
+def narrow_kernel(
+    out_ptr,
+    lse_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    note_ptr,
+    ql_nope_ptr,
+    q_pe_ptr,
+    kv_c_ptr,
+    k_pe_ptr,
+    kv_c_desc,
+    k_pe_desc,
+    qo_indptr_ptr,
+    kv_indptr_ptr,
+    kv_page_indices_ptr,
+    kv_last_page_len_ptr,
+    global_kv_lens_ptr,
+    sink_ptr,
+    sm_scale_log2,
+    softcap,
+    window,
+    cp_world_size,
+    cp_rank,
+    batch_size,
+    num_heads,
+    num_pages,
+    page_rows,
+    row_blocks,
+    num_workers,
+    max_runs,
+    min_tiles,
+    out_stride_t,
+    out_stride_h,
+    lse_stride_t,
+    lse_stride_h,
+    ql_nope_stride_t,
+    ql_nope_stride_h,
+    q_pe_stride_t,
+    q_pe_stride_h,
+    kv_c_stride_p,
+    kv_c_stride_t,
+    k_pe_stride_p,
+    k_pe_stride_t,
+    M: gl.constexpr,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    EVEN: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+    IS_CP: gl.constexpr,
+    HAS_LSE: gl.constexpr,
+    HAS_SINK: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    LOADERS: gl.constexpr,
+    STAGES_A: gl.constexpr,
+    STAGES_B: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
+):
+    """Attend up to M rows of each request in the spans of this worker."""
+    HALF: gl.constexpr = D // 2
+    dtype: gl.constexpr = kv_c_ptr.dtype.element_ty
+    worker = gl.program_id(0) // row_blocks
+    block = gl.program_id(0) % row_blocks
+    batch = Batch(
+        batch_size,
+        qo_indptr_ptr,
+        kv_indptr_ptr,
+        kv_last_page_len_ptr,
+        global_kv_lens_ptr,
+        window,
+        cp_world_size,
+        cp_rank,
+        PAGE_SIZE,
+        TILE,
+        IS_CAUSAL,
+        HAS_WINDOW,
+        IS_CP,
+    )
+    shares = Shares(num_workers, max_runs, min_tiles, EVEN)
+    gdc_launch_dependents()
+
+    tiles = allocate_tiles(dtype, HALF, R, STAGES_A, STAGES_B, LOADERS)
+    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, HALF], dtype)
+    rope: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, R], dtype)
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TILE], dtype)
+    rows = Rows(
+        ql_nope_ptr,
+        q_pe_ptr,
+        num_heads,
+        ql_nope_stride_t,
+        ql_nope_stride_h,
+        q_pe_stride_t,
+        q_pe_stride_h,
+        gl.allocate_shared_memory(dtype, [2, M, HALF], half),
+        gl.allocate_shared_memory(dtype, [M, R], rope),
+    )
+    p_smem = gl.allocate_shared_memory(dtype, [M, TILE], square)
+    cache = Cache(
+        kv_c_ptr,
+        k_pe_ptr,
+        kv_page_indices_ptr,
+        num_pages,
+        kv_c_stride_p,
+        kv_c_stride_t,
+        k_pe_stride_p,
+        k_pe_stride_t,
+        page_rows,
+        PAGE_SIZE,
+    )
+    output = Output(
+        out_ptr,
+        lse_ptr,
+        partial_out_ptr,
+        partial_lse_ptr,
+        note_ptr,
+        sink_ptr,
+        num_heads,
+        out_stride_t,
+        out_stride_h,
+        lse_stride_t,
+        lse_stride_h,
+        row_blocks,
+        D,
+        HAS_LSE,
+        HAS_SINK,
+    )
+    gl.warp_specialize(
+        [
+            (
+                _attend,
+                (
+                    batch,
+                    shares,
+                    rows,
+                    tiles,
+                    p_smem,
+                    output,
+                    worker,
+                    block,
+                    sm_scale_log2,
+                    softcap,
+                    M,
+                    HAS_SOFTCAP,
+                ),
+            ),
+            (
+                load_partition,
+                (
+                    batch,
+                    shares,
+                    rows,
+                    cache,
+                    kv_c_desc,
+                    k_pe_desc,
+                    tiles,
+                    worker,
+                    block,
+                    M,
+                    D,
+                    R,
+                    LOADERS,
+                ),
+            ),
+        ],
+        [LOADERS],
+        [LOADER_REGISTERS],
+    )

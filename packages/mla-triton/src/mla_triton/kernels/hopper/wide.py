@@ -1,0 +1,492 @@
+"""Absorbed MLA decode for more than 32 query rows (query token x head) of a request.
+
+s = sm_scale * (ql_nope @ kv_c.T + q_pe @ k_pe.T);  out = softmax(s) @ kv_c
+
+A program owns 64 rows. Their fp32 output of 512 columns fills half the register file, so two warp
+groups hold half the columns each: ``_left`` forms the scores, the softmax and its half of the
+output; ``_right`` multiplies the same probabilities with the other half; ``load`` feeds both.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from mla_triton.kernels.hopper._gluon import aggregate
+from mla_triton.kernels.hopper.load import (
+    TILE,
+    Cache,
+    Rows,
+    allocate_tiles,
+    load_partition,
+    load_rows,
+)
+from mla_triton.kernels.hopper.output import Output
+from mla_triton.kernels.hopper.schedule import Batch, Shares, deal, next_item
+from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, scale_scores
+
+#: Rows of a program.
+M = gl.constexpr(64)
+
+
+@aggregate
+class Exchange:
+    """What the left warp group hands to the right one, each tile and once at the end of an item."""
+
+    p: gl.shared_memory_descriptor  # [M, TILE] probabilities
+    factor: gl.shared_memory_descriptor  # [M] f32: rescales the accumulator first
+    ready: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, p, factor, ready, free):
+        self.p = p
+        self.factor = factor
+        self.ready = ready
+        self.free = free
+
+
+@gluon.jit
+def _issue_scores(rows, tiles, count, s_layout: gl.constexpr):
+    """Start the products of the queries with the count-th tile: three asynchronous operations."""
+    s = gl.zeros([M, TILE], gl.float32, s_layout)
+    a = tiles.wait_a(count)
+    fence_async_shared()
+    key = tiles.a.index(a).permute((1, 0))
+    s = warpgroup_mma(rows.nope.index(0), key, s, use_acc=False, is_async=True)
+    s = warpgroup_mma(rows.rope, tiles.rope.index(a).permute((1, 0)), s, is_async=True)
+    b = tiles.wait_b(count)
+    fence_async_shared()
+    key = tiles.b.index(b).permute((1, 0))
+    return warpgroup_mma(rows.nope.index(1), key, s, is_async=True)
+
+
+@gluon.jit
+def _softmax(
+    s,
+    m,
+    denom,
+    start,
+    limit,
+    lowest,
+    first_limit,
+    last_lowest,
+    bias,
+    sm_scale_log2,
+    softcap,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    s_layout: gl.constexpr,
+):
+    """Return probabilities, the factor of what was summed before, and the new row statistics."""
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    s = scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP) + bias.load(columns)[None, :]
+    if (start + TILE > first_limit) | (start < last_lowest):
+        token = start + gl.arange(0, TILE, layout=columns)
+        s = hide(s, token[None, :], limit[:, None], lowest[:, None], HAS_WINDOW)
+    m_new = gl.maximum(m, gl.max(s, 1))
+    m_safe = finite_or_zero(m_new)
+    p = gl.exp2(s - m_safe[:, None])
+    alpha = gl.exp2(m - m_safe)
+    return p, alpha, m_new, denom * alpha + gl.sum(p, 1)
+
+
+@gluon.jit
+def _hand_over(p, factor, exchange, count):
+    """Give probabilities and factors to the right warp group; the caller signals it."""
+    mbarrier.wait(exchange.free, (count & 1) ^ 1)
+    exchange.p.store(p)
+    exchange.factor.store(factor)
+    fence_async_shared()
+
+
+@gluon.jit
+def _left(
+    batch,
+    shares,
+    rows,
+    tiles,
+    exchange,
+    output,
+    worker,
+    block,
+    sm_scale_log2,
+    softcap,
+    HAS_SOFTCAP: gl.constexpr,
+):
+    HALF: gl.constexpr = output.D // 2
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    dtype: gl.constexpr = rows.nope.dtype
+    local = gl.arange(0, M, layout=s_rows)
+    row = block * M + local
+    count = worker * 0  # tiles so far
+    handed = worker * 0  # hand-overs so far
+    work = deal(batch, shares, worker)
+    request = work.request
+    begin = work.begin
+    place = work.place
+    if not shares.EVEN:
+        output.note(worker, block, 0, 0, 0, 0)
+    while (place < work.finish) & (request < batch.batch_size):
+        item = next_item(batch, work, request, begin, place)
+        if item.is_item & item.is_end & (shares.EVEN | (not item.is_begin)):
+            first_worker = work.first_worker(worker)
+            output.note(
+                work.note(worker),
+                block,
+                first_worker,
+                worker - first_worker + 1,
+                item.q_begin,
+                item.q_len,
+            )
+        if item.is_item & (block * M < item.q_len * output.num_heads):
+            q_idx = row // output.num_heads
+            is_row = q_idx < item.q_len
+            limit = batch.limit(q_idx, item.q_len, item.kv_len, item.global_len)
+            first_limit = batch.limit(item.q_len * 0, item.q_len, item.kv_len, item.global_len)
+            lowest = q_idx * 0
+            last_lowest = item.q_len * 0
+            if batch.HAS_WINDOW:
+                lowest = batch.lowest(q_idx, item.q_len, item.global_len)
+                last_lowest = batch.lowest(item.q_len - 1, item.q_len, item.global_len)
+            m = gl.full([M], float("-inf"), gl.float32, s_rows)
+            denom = gl.zeros([M], gl.float32, s_rows)
+            acc = gl.zeros([M, HALF], gl.float32, o_layout)
+            if item.first < item.last:
+                # The right warp group may still read its half of the item.last output from there.
+                mbarrier.wait(exchange.free, (handed & 1) ^ 1)
+                load_rows(
+                    rows, item.q_begin, item.q_len, block * M, M, output.D, rows.rope.shape[1]
+                )
+                s = _issue_scores(rows, tiles, count, s_layout)
+                s = warpgroup_mma_wait(0, deps=[s])
+                for tile in range(item.first, item.last - 1):
+                    p, alpha, m, denom = _softmax(
+                        s,
+                        m,
+                        denom,
+                        tile * TILE,
+                        limit,
+                        lowest,
+                        first_limit,
+                        last_lowest,
+                        tiles.bias.index(count % tiles.STAGES_A),
+                        sm_scale_log2,
+                        softcap,
+                        HAS_SOFTCAP,
+                        batch.HAS_WINDOW,
+                        s_layout,
+                    )
+                    p = p.to(dtype)
+                    _hand_over(p, alpha, exchange, handed)
+                    mbarrier.arrive(exchange.ready, count=1)
+                    acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+                    value = tiles.a.index(count % tiles.STAGES_A)
+                    acc = warpgroup_mma(gl.convert_layout(p, p_layout), value, acc, is_async=True)
+                    # The next tile may be long in coming: item.first let the one after it in.
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    tiles.release_a(count)
+                    s = _issue_scores(rows, tiles, count + 1, s_layout)
+                    s = warpgroup_mma_wait(0, deps=[s])
+                    count += 1
+                    handed += 1
+                p, alpha, m, denom = _softmax(
+                    s,
+                    m,
+                    denom,
+                    (item.last - 1) * TILE,
+                    limit,
+                    lowest,
+                    first_limit,
+                    last_lowest,
+                    tiles.bias.index(count % tiles.STAGES_A),
+                    sm_scale_log2,
+                    softcap,
+                    HAS_SOFTCAP,
+                    batch.HAS_WINDOW,
+                    s_layout,
+                )
+                p = p.to(dtype)
+                _hand_over(p, alpha, exchange, handed)
+                mbarrier.arrive(exchange.ready, count=1)
+                acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+                value = tiles.a.index(count % tiles.STAGES_A)
+                acc = warpgroup_mma(gl.convert_layout(p, p_layout), value, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                tiles.release_a(count)
+                count += 1
+                handed += 1
+            is_whole = item.is_begin & item.is_end
+            factor, lse = finish_rows(
+                m, denom, output.sink_ptr, row % output.num_heads, is_row, is_whole, output.HAS_SINK
+            )
+            mbarrier.wait(exchange.free, (handed & 1) ^ 1)
+            exchange.factor.store(factor)
+            mbarrier.arrive(exchange.ready, count=1)
+            handed += 1
+            partial_row = output.partial_row(worker, item.is_begin, block, M)
+            output.store_lse(lse, local, row, item.q_begin, is_row, is_whole, partial_row)
+            acc = acc * gl.convert_layout(factor, o_rows)[:, None]
+            output.store(
+                acc,
+                rows.nope.index(0),
+                0,
+                block * M,
+                item.q_begin,
+                item.q_len,
+                is_whole,
+                partial_row,
+            )
+        begin = item.next_begin
+        place = item.next_begin
+        request += 1
+
+
+@gluon.jit
+def _right(batch, shares, rows, tiles, exchange, output, worker, block):
+    HALF: gl.constexpr = output.D // 2
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    count = worker * 0
+    handed = worker * 0
+    work = deal(batch, shares, worker)
+    request = work.request
+    begin = work.begin
+    place = work.place
+    while (place < work.finish) & (request < batch.batch_size):
+        item = next_item(batch, work, request, begin, place)
+        if item.is_item & (block * M < item.q_len * output.num_heads):
+            acc = gl.zeros([M, HALF], gl.float32, o_layout)
+            for _ in range(item.first, item.last):
+                b = tiles.wait_b(count)
+                mbarrier.wait(exchange.ready, handed & 1)
+                acc = acc * exchange.factor.load(o_rows)[:, None]
+                fence_async_shared()
+                acc = warpgroup_mma(exchange.p, tiles.b.index(b), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(exchange.free, count=1)
+                tiles.release_b(count)
+                count += 1
+                handed += 1
+            mbarrier.wait(exchange.ready, handed & 1)
+            acc = acc * exchange.factor.load(o_rows)[:, None]
+            partial_row = output.partial_row(worker, item.is_begin, block, M)
+            output.store(
+                acc,
+                rows.nope.index(1),
+                HALF,
+                block * M,
+                item.q_begin,
+                item.q_len,
+                item.is_begin & item.is_end,
+                partial_row,
+            )
+            mbarrier.arrive(exchange.free, count=1)
+            handed += 1
+        begin = item.next_begin
+        place = item.next_begin
+        request += 1
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "batch_size",
+        "num_heads",
+        "num_pages",
+        "window",
+        "cp_world_size",
+        "cp_rank",
+        "row_blocks",
+        "num_workers",
+        "max_runs",
+        "min_tiles",
+        "lse_stride_t",
+        "lse_stride_h",
+        "page_rows",
+    ]
+)
+def wide_kernel(
+    out_ptr,
+    lse_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    note_ptr,
+    ql_nope_ptr,
+    q_pe_ptr,
+    kv_c_ptr,
+    k_pe_ptr,
+    kv_c_desc,
+    k_pe_desc,
+    qo_indptr_ptr,
+    kv_indptr_ptr,
+    kv_page_indices_ptr,
+    kv_last_page_len_ptr,
+    global_kv_lens_ptr,
+    sink_ptr,
+    sm_scale_log2,
+    softcap,
+    window,
+    cp_world_size,
+    cp_rank,
+    batch_size,
+    num_heads,
+    num_pages,
+    page_rows,
+    row_blocks,
+    num_workers,
+    max_runs,
+    min_tiles,
+    out_stride_t,
+    out_stride_h,
+    lse_stride_t,
+    lse_stride_h,
+    ql_nope_stride_t,
+    ql_nope_stride_h,
+    q_pe_stride_t,
+    q_pe_stride_h,
+    kv_c_stride_p,
+    kv_c_stride_t,
+    k_pe_stride_p,
+    k_pe_stride_t,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    EVEN: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+    IS_CP: gl.constexpr,
+    HAS_LSE: gl.constexpr,
+    HAS_SINK: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    LOADERS: gl.constexpr,
+    RIGHT_REGISTERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
+):
+    """Attend 64 rows of each request in the spans of this worker."""
+    HALF: gl.constexpr = D // 2
+    dtype: gl.constexpr = kv_c_ptr.dtype.element_ty
+    worker = gl.program_id(0) // row_blocks
+    block = gl.program_id(0) % row_blocks
+    batch = Batch(
+        batch_size,
+        qo_indptr_ptr,
+        kv_indptr_ptr,
+        kv_last_page_len_ptr,
+        global_kv_lens_ptr,
+        window,
+        cp_world_size,
+        cp_rank,
+        PAGE_SIZE,
+        TILE,
+        IS_CAUSAL,
+        HAS_WINDOW,
+        IS_CP,
+    )
+    shares = Shares(num_workers, max_runs, min_tiles, EVEN)
+    gdc_launch_dependents()
+
+    tiles = allocate_tiles(dtype, HALF, R, 2, 2, LOADERS)
+    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, HALF], dtype)
+    rope: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, R], dtype)
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TILE], dtype)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    rows = Rows(
+        ql_nope_ptr,
+        q_pe_ptr,
+        num_heads,
+        ql_nope_stride_t,
+        ql_nope_stride_h,
+        q_pe_stride_t,
+        q_pe_stride_h,
+        gl.allocate_shared_memory(dtype, [2, M, HALF], half),
+        gl.allocate_shared_memory(dtype, [M, R], rope),
+    )
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready, count=1)
+    mbarrier.init(free, count=1)
+    exchange = Exchange(
+        gl.allocate_shared_memory(dtype, [M, TILE], square),
+        gl.allocate_shared_memory(gl.float32, [M], flat),
+        ready,
+        free,
+    )
+    cache = Cache(
+        kv_c_ptr,
+        k_pe_ptr,
+        kv_page_indices_ptr,
+        num_pages,
+        kv_c_stride_p,
+        kv_c_stride_t,
+        k_pe_stride_p,
+        k_pe_stride_t,
+        page_rows,
+        PAGE_SIZE,
+    )
+    output = Output(
+        out_ptr,
+        lse_ptr,
+        partial_out_ptr,
+        partial_lse_ptr,
+        note_ptr,
+        sink_ptr,
+        num_heads,
+        out_stride_t,
+        out_stride_h,
+        lse_stride_t,
+        lse_stride_h,
+        row_blocks,
+        D,
+        HAS_LSE,
+        HAS_SINK,
+    )
+    gl.warp_specialize(
+        [
+            (
+                _left,
+                (
+                    batch,
+                    shares,
+                    rows,
+                    tiles,
+                    exchange,
+                    output,
+                    worker,
+                    block,
+                    sm_scale_log2,
+                    softcap,
+                    HAS_SOFTCAP,
+                ),
+            ),
+            (_right, (batch, shares, rows, tiles, exchange, output, worker, block)),
+            (
+                load_partition,
+                (
+                    batch,
+                    shares,
+                    rows,
+                    cache,
+                    kv_c_desc,
+                    k_pe_desc,
+                    tiles,
+                    worker,
+                    block,
+                    M,
+                    D,
+                    R,
+                    LOADERS,
+                ),
+            ),
+        ],
+        [4, LOADERS],
+        [RIGHT_REGISTERS, LOADER_REGISTERS],
+    )

@@ -1,0 +1,112 @@
+"""Planning for Hopper: which tile, how the work is dealt, and what the estimate weighs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mla_core.dims import MLADims
+from mla_core.plan import AttentionOptions, PlanRequest
+from mla_core.problem import Problem
+from mla_triton import hopper
+
+SMS = 132
+
+
+def request_of(heads, batch, length, *, mean=None, q_len=1, splits=None, features=(), rank=512):
+    problem = Problem(
+        op="decode",
+        arch="sm90",
+        q_dtype="bf16",
+        kv_dtype="bf16",
+        dims=MLADims(heads, rank),
+        page_size=64,
+        q_len=q_len,
+        features=frozenset(features),
+    )
+    pages = -(-(mean or length) // 64) * batch
+    return PlanRequest(
+        problem, AttentionOptions(), batch, batch * q_len, q_len, length, pages, splits
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "tile"),
+    [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (512, 64)],
+)
+def test_smallest_tile_that_holds_the_rows(num_rows, tile):
+    assert hopper.rows_of_a_program(num_rows) == tile
+
+
+@pytest.mark.parametrize(
+    ("heads", "batch", "length", "runs"),
+    [(16, 128, 8192, 1), (64, 128, 4096, 1), (128, 128, 8192, 1), (128, 64, 4096, 1)],
+)
+def test_batches_that_fill_the_device_are_not_cut(heads, batch, length, runs):
+    schedule = hopper.make_schedule(request_of(heads, batch, length), SMS)
+    assert schedule.config["max_runs"] == runs
+    assert set(schedule.workspace) == {"note"}
+
+
+@pytest.mark.parametrize(
+    ("heads", "batch", "length", "programs"),
+    [(16, 16, 1024, 128), (128, 1, 32768, 128), (16, 64, 4096, 128)],
+)
+def test_small_batches_are_cut_to_fill_the_device(heads, batch, length, programs):
+    config = hopper.make_schedule(request_of(heads, batch, length), SMS).config
+    assert config["max_runs"] > 1
+    assert config["num_workers"] * config["row_blocks"] == programs
+
+
+def test_ragged_batches_and_bad_multiples_are_dealt_in_spans():
+    ragged = hopper.make_schedule(request_of(16, 64, 40000, mean=4096), SMS)
+    assert ragged.config["max_runs"] == 0
+    assert ragged.config["num_workers"] == SMS
+    assert "ragged" in ragged.because
+    assert hopper.make_schedule(request_of(64, 200, 4096), SMS).config["max_runs"] == 0
+
+
+def test_wishes_are_followed():
+    schedule = hopper.make_schedule(request_of(16, 4, 9000, splits=5), SMS)
+    assert schedule.num_kv_splits == 5
+    assert schedule.config["num_workers"] == 20
+    assert schedule.workspace["partial_out"] == ((40, 1, 16, 512), torch.float32)
+
+
+def test_an_invariant_plan_does_not_look_at_the_batch():
+    def dealt(batch, length):
+        request = request_of(16, batch, length, features=["batch_invariant"])
+        config = hopper.make_schedule(request, SMS).config
+        return config["M"], config["max_runs"], config["min_tiles"]
+
+    assert dealt(1, 100) == dealt(300, 9000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "takes"),
+    [
+        ({}, True),
+        ({"features": ["cp_round_robin", "sink", "window", "softcap", "non_causal"]}, True),
+        ({"features": ["persistent"]}, False),
+        ({"features": ["rope"]}, False),
+        ({"rank": 1024}, False),
+        ({"rank": 256}, True),
+    ],
+    ids=["plain", "masks", "persistent", "rope", "rank-1024", "rank-256"],
+)
+def test_what_the_kernels_take(changes, takes):
+    assert (not hopper.HOPPER.why_not(request_of(16, 1, 64, **changes).problem)) == takes
+
+
+def test_alignment():
+    from mla_core.batch import PagedKV
+    from mla_core.cache import LatentCache
+
+    cache = LatentCache.allocate("bf16", MLADims(2), 2, 64)
+    index = torch.zeros(2, dtype=torch.int32)
+    kv = PagedKV(cache, index, index[:1], index[:1])
+    q = torch.zeros(1, 2, 580, dtype=torch.bfloat16)
+    assert not hopper.is_aligned(q[..., :512], q[..., 512:576], kv)
+    q = torch.zeros(1, 2, 584, dtype=torch.bfloat16)
+    assert hopper.is_aligned(q[..., :512], q[..., 512:576], kv)
+    assert not hopper.is_aligned(q[..., 1:513], q[..., 512:576], kv)
