@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 import mla_core
+from mla_core import registry
+from mla_core.backend import Backend
 from mla_core.bench import ceilings, load_sets
 from mla_core.bench.rows import read_rows
 from mla_core.cli.backends import local_arch
 from mla_core.cli.main import main
+from mla_core.errors import BackendUnavailableError
+from mla_core.registry import Record
 
 InstallBackend = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -325,7 +329,7 @@ def test_demo_without_its_extra_says_what_to_install(run: Run, monkeypatch: pyte
 def test_help_names_every_command(run: Run):
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("backends", "doctor", "explain", "demo", "bench"):
+    for command in ("backends", "doctor", "explain", "demo", "bench", "aot", "tune"):
         assert f"    {command}" in out
     assert run("--version")[1] == f"mla-core {mla_core.__version__}\n"
 
@@ -338,3 +342,36 @@ def test_module_is_the_command():
         check=True,
     )
     assert json.loads(done.stdout)["packages"]["mla-core"] == mla_core.__version__
+
+
+@pytest.mark.parametrize("command", ["aot", "tune"])
+def test_commands_of_a_backend_say_what_to_install(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str
+):
+    def missing(name: str) -> Record:
+        raise BackendUnavailableError(f"backend {name!r} is not installed")
+
+    monkeypatch.setattr(registry, "record", missing)
+    status, out, err = run(command, "--help")
+    assert (status, out) == (2, "")
+    assert f"mla: {command}: the backend 'triton' must be installed, got: backend" in err
+    assert 'pip install "mla-triton[triton]"' in err
+
+
+def test_commands_of_a_backend_parse_their_own_options(run: Run, monkeypatch: pytest.MonkeyPatch):
+    module = types.ModuleType("somewhere", "Compiles a lot.")
+    module.add_arguments = lambda parser: parser.add_argument("--many", type=int)  # type: ignore[attr-defined]
+    module.run = lambda options: options.many  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "somewhere", module)
+    ours = Backend("triton", 1, (), {}, commands={"aot": "somewhere"})
+    record = Record("triton", ("it",), "it:BACKEND", ours, None, 0.0)
+    monkeypatch.setattr(registry, "record", lambda name: record)
+    assert run("aot", "--many", "5")[0] == 5
+    status, out, _ = run("aot", "--help")
+    assert status == 0
+    assert "usage: mla aot" in out
+    assert "Compiles a lot." in out
+    # A backend of an older release brings other commands.
+    status, _, err = run("tune")
+    assert status == 2
+    assert "got: brings no command 'tune'" in err

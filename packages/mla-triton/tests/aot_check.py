@@ -68,13 +68,14 @@ def shapes(arch):
             continue
         row = tuning.find(PlanRequest(problem, PLAIN, 2, 2 * q_len, q_len, 128, 4))
         # Later shapes are wider: the last one stays.
-        found[row.where, q_dtype, layout.name, page_size, rank > 512] = (dims, q_len)
+        key = (row.where, q_dtype, layout.name, page_size, rank > 512)
+        found[key] = (dims, q_len, row.config)
     return found
 
 
 def cases(arch):
     """Yield an adorned case of each shape, with splits and without in turn, and mostly a plain."""
-    for index, (key, (dims, q_len)) in enumerate(shapes(arch).items()):
+    for index, (key, (dims, q_len, config)) in enumerate(shapes(arch).items()):
         _, q_dtype, layout, page_size, _ = key
         shape = {
             "arch": arch,
@@ -85,7 +86,9 @@ def cases(arch):
             "q_len": q_len,
         }
         adorned = {"options": EVERYTHING, "has_sink": True, "return_lse": True}
-        yield aot.DecodeCase(**shape, **adorned, num_kv_splits=(8, 1)[index % 2])
+        # The portable kernel, also where planning would take the one for Hopper.
+        tiled = shape | {"config": config}
+        yield aot.DecodeCase(**tiled, **adorned, num_kv_splits=(8, 1)[index % 2])
         if layout == q_dtype == "bf16" or (layout, q_dtype) == ("fp8_ds656", "bf16"):
             yield aot.DecodeCase(**shape, **adorned, is_persistent=True)
         if layout == q_dtype == "bf16" and dims.kv_lora_rank == 512:
@@ -97,7 +100,7 @@ def cases(arch):
                 yield aot.DecodeCase(**shape, **persistent, options=options)
         if layout == q_dtype:
             is_large = arch.startswith("gfx") and index % 2 == 1
-            yield aot.DecodeCase(**shape, num_kv_splits=(1, 8)[index % 2], is_large=is_large)
+            yield aot.DecodeCase(**tiled, num_kv_splits=(1, 8)[index % 2], is_large=is_large)
 
 
 def check(arch):

@@ -6,14 +6,20 @@ interpreter, in which the other tests run kernels, replaces the functions the co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mla_core.dims import MLADims
+from mla_core.errors import BackendUnavailableError, LayoutError
+from mla_triton.aot import DecodeCase, record
+from mla_triton.aot_files import install
 from mla_triton.backend import GPU_ARCHS
 
 SCRIPT = Path(__file__).with_name("aot_check.py")
@@ -83,3 +89,85 @@ def test_every_row_compiles_within_limits(checks, arch):
             excess.append(f"scalar spills: {resources['scalar_spills']}")
         passed += [f"{case}: {line}: {result['configuration']}" for line in excess]
     assert not passed, "\n".join(passed)
+
+
+def run(arguments, cache, **variables):
+    """Run Python with the compiler on, and a cache of Triton's in a given folder."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compile for one model with the command, and return the folder."""
+    place = tmp_path_factory.mktemp("aot")
+    arguments = ["-m", "mla_core", "aot", "--arch", "sm90", "gfx942", "--heads", "16"]
+    out = run([*arguments, "--out", place / "kernels"], place / "cache")
+    assert "16/d512+64/q1/b2/p64" in "".join(out.split())
+    return place / "kernels"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm90", "gfx942"])
+def test_what_was_compiled_is_used(compiled, arch, tmp_path):
+    use = [Path(__file__).with_name("aot_use.py"), arch]
+    # Two kernels for decode and two for the merge, whatever lengths and batches are.
+    assert run(use, tmp_path / "one") == "7 4 4\n"
+    assert run(use, tmp_path / "two", MLA_AOT_DIR=str(compiled)) == "7 4 0\n"
+
+
+@pytest.mark.slow
+def test_the_manifest(compiled):
+    entries = json.loads((compiled / "manifest.json").read_text())["kernels"]
+    assert {entry["arch"] for entry in entries} == {"sm90", "gfx942"}
+    for entry in entries:
+        assert set(entry["files"]) == {path.name for path in (compiled / entry["key"]).iterdir()}
+        suffix = "cubin" if entry["arch"] == "sm90" else "hsaco"
+        assert any(name.endswith(suffix) for name in entry["files"])
+        for name, digest in entry["files"].items():
+            data = (compiled / entry["key"] / name).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == digest
+        assert set(entry["constants"]) < set(entry["signature"])
+        assert 0 < entry["resources"]["registers"] <= 512
+        assert entry["resources"]["spills"] == 0
+
+
+@pytest.mark.slow
+def test_files_that_are_not_the_listed_ones_are_refused(compiled, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    folder = shutil.copytree(compiled, tmp_path / "kernels")
+    assert install(folder, "sm90") == 6
+    next(folder.glob("*/*.cubin")).write_bytes(b"something else")
+    assert install(folder, "gfx942") == 6
+    with pytest.raises(LayoutError, match=r"must be the file whose SHA-256 manifest\.json lists"):
+        install(folder, "sm90")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(LayoutError, match=r"must hold manifest\.json, got none"):
+        install(folder)
+
+
+@pytest.mark.slow
+def test_kernels_of_another_triton_are_left_out(compiled, tmp_path, caplog):
+    text = (compiled / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(text.replace('"triton": "', '"triton": "0.'))
+    assert install(tmp_path) == 0
+    assert "were compiled by another Triton" in caplog.text
+
+
+def test_architectures():
+    with pytest.raises(LayoutError, match="arch must be one of sm90, gfx942, gfx950, got 'sm80'"):
+        DecodeCase("sm80", MLADims(16))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here")
+def test_the_interpreter_must_be_off():
+    with pytest.raises(BackendUnavailableError, match="Triton's interpreter must be off"):
+        record(DecodeCase("sm90", MLADims(16)))

@@ -43,6 +43,10 @@ class Backend:
         something. Cheap, and creates no device context.
     description : str
         One sentence for ``mla backends``.
+    commands : mapping of str to str
+        Commands of ``mla`` that this backend brings: name to module, imported when the command
+        runs. Its docstring is the help; it has ``add_arguments(parser)`` and
+        ``run(options) -> int``, the exit status.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Backend:
     ops: Mapping[str, str]
     probe: Callable[[str], None] = always_available
     description: str = ""
+    commands: Mapping[str, str] = field(default_factory=dict)
     api_version: int = API_VERSION
     _loaded: dict[str, Callable[..., Any]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -59,6 +64,7 @@ class Backend:
     def __post_init__(self) -> None:
         """Freeze ``ops`` and check that every capability has a function behind it."""
         object.__setattr__(self, "ops", MappingProxyType(dict(self.ops)))
+        object.__setattr__(self, "commands", MappingProxyType(dict(self.commands)))
         offered = {capability.op for capability in self.capabilities}
         needed = offered | ({"plan_decode"} if "decode" in offered else set())
         if missing := sorted(needed - self.ops.keys()):

@@ -33,7 +33,9 @@ from mla_core.errors import BackendUnavailableError, LayoutError
 from mla_core.ops import decode
 from mla_core.plan import AttentionOptions, plan_decode
 from mla_triton.aot_files import MANIFEST
+from mla_triton.decode import with_config
 from mla_triton.resources import Resources, resources_of
+from mla_triton.tuning import DecodeConfig
 
 #: Triton's backend, architecture and threads of a warp.
 TARGETS: Mapping[str, tuple[str, int | str, int]] = {
@@ -69,6 +71,10 @@ class DecodeCase:
         1 writes the output directly, 2 and above stand for every number of splits.
     is_persistent : bool
         Follow a work list, made here or on the device.
+    is_ragged : bool
+        Some requests are much longer than the average; for automatic numbers of splits.
+    config : DecodeConfig, optional
+        Tile sizes of the portable kernel, whatever planning chooses.
     is_large : bool
         The cache is larger than 2 GiB, which AMD's compiler makes a kernel of its own for.
     """
@@ -86,6 +92,8 @@ class DecodeCase:
     batch_invariant: bool = False
     num_kv_splits: int | None = 1
     is_persistent: bool = False
+    is_ragged: bool = False
+    config: DecodeConfig | None = None
     is_large: bool = False
 
     def __post_init__(self) -> None:
@@ -107,6 +115,7 @@ class DecodeCase:
             "batch_invariant": self.batch_invariant,
             "persistent": self.is_persistent,
             "split": self.num_kv_splits != 1 and not self.is_persistent,
+            "ragged": self.is_ragged,
             "large": self.is_large,
         }
         parts += sorted(options.features)
@@ -314,10 +323,13 @@ def _decode(case: DecodeCase) -> None:
         has_sink=case.has_sink,
         batch_invariant=case.batch_invariant,
         num_kv_splits=None if case.is_persistent else case.num_kv_splits,
+        max_seqlen_k=(100 if case.is_ragged else 2) * page_size,
         fixed_lengths=case.is_persistent,
         persistent=case.is_persistent,
         backend="triton",
     )
+    if case.config is not None:
+        plan = with_config(plan, case.config, case.num_kv_splits)
     q = torch.empty(batch_size * case.q_len, dims.num_heads, dims.latent_dim, dtype=dtype)
     rope = case.options.rope
     decode(

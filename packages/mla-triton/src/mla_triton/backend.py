@@ -107,5 +107,6 @@ BACKEND = Backend(
         "plan_decode": "mla_triton.decode:plan_decode",
         "decode": "mla_triton.decode:decode",
     },
+    commands={"aot": "mla_triton.cli.aot", "tune": "mla_triton.cli.tune"},
     capabilities=(HOPPER, *_GPU_ROWS, *map(_in_interpreter, _GPU_ROWS)),
 )

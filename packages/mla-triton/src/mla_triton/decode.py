@@ -11,11 +11,13 @@ import torch
 from mla_core.batch import PagedKV
 from mla_core.dtypes import itemsize
 from mla_core.errors import UnsupportedProblemError
+from mla_core.launch import launch
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule, bind_schedule
-from mla_core.reduce import reduce_partials
+from mla_core.reduce import launch_reduce
 from mla_core.rope import RopeInputs
 from mla_triton import hopper, tuning, worklist
 from mla_triton import rope as fused_rope
+from mla_triton.aot_files import install_named
 from mla_triton.arguments import power_of_two, scale_group_of, scales_of
 from mla_triton.splits import INVARIANT_SPLITS, choose_splits
 
@@ -45,6 +47,8 @@ def plan_decode(request: PlanRequest) -> Schedule:
             f"triton: batch_size must be in 0..{MAX_BATCH_SIZE}, got {request.batch_size}; "
             "plan the batch in parts"
         )
+    # Schedules are remembered, so this costs nothing from the second like one on.
+    install_named(request.problem.arch)
     if "persistent" in request.problem.features:
         return make_schedule(request, worklist.choose_config(request))
     if not hopper.HOPPER.why_not(request.problem):
@@ -173,13 +177,12 @@ def decode(
         new_keys=plan.workspace.get("new_keys"),
     )
     if num_splits > 1:
-        reduce_partials(
+        launch_reduce(
             plan.workspace["partial_out"],
             plan.workspace["partial_lse"],
-            out=out,
-            lse=plan.workspace["lse"] if lse is None else lse,
+            out,
+            plan.workspace["lse"] if lse is None else lse,
             sink=sink,
-            backend="triton",
         )
 
 
@@ -250,7 +253,9 @@ def launch_decode(
     scale_group, scale_strides = scale_group_of(kv_scale, kv_lora_rank, block_d)
     grid = (-(-num_rows // config["BLOCK_M"]), schedule.num_kv_splits, batch_size)
     unused = kv_indptr
-    decode_kernel[grid](
+    launch(
+        decode_kernel,
+        grid,
         out,
         unused if lse is None else lse,
         ql_nope,

@@ -2,8 +2,8 @@
 
 ``<arch>/decode.json`` is a list of rows, read top to bottom; the first whose ``when`` holds is
 taken. The user's table comes first, from the directory ``MLA_TUNING_PATH`` or else the user's
-cache directory, and then the packaged one, whose last row holds always. A table may also be an
-object with its ``rows`` and their ``source``, which is what ``mla tune`` writes.
+cache directory, and then the packaged one, whose last row holds always. A row may tell its
+``source``, as those of ``mla tune`` do, and a table may be an object with its ``rows``.
 """
 
 from __future__ import annotations
@@ -215,6 +215,9 @@ def _parse(where: str, listed: object) -> Row:
                 f"{where}: `when` {name} must be a value, a list or, for numbers, a range of min "
                 f"and max, got {wanted}"
             )
+    source = values.pop("source", "")
+    if not isinstance(source, str):
+        raise LayoutError(f"{where}: `source` must be a text, got {type(source).__name__}")
     known = {field.name for field in fields(DecodeConfig)}
     if unknown := sorted(values.keys() - known):
         raise LayoutError(f"{where}: keys must be among {', '.join(sorted(known))}, got {unknown}")
