@@ -187,9 +187,8 @@ def decode(
     Reads every length on the device: no sync and no allocation, so a captured graph replays with
     other lengths. Query rows past ``qo_indptr[-1]`` are left as they are.
     """
+    from mla_triton.kernels.hopper.decode import hopper_decode_kernel
     from mla_triton.kernels.hopper.merge import merge_kernel
-    from mla_triton.kernels.hopper.narrow import narrow_kernel
-    from mla_triton.kernels.hopper.wide import wide_kernel
 
     request, options = plan.request, plan.options
     config = plan.schedule.config
@@ -205,12 +204,7 @@ def decode(
     lse_or_unused = note if lse is None else lse
     lse_strides = (0, 0) if lse is None else lse.stride()
     tile_rows = config["M"]
-    kernel, launch = (
-        (wide_kernel, _WIDE_LAUNCH)
-        if tile_rows == WIDE
-        else (narrow_kernel, _narrow_launch(tile_rows, rank))
-    )
-    kernel[(config["num_workers"] * config["row_blocks"],)](
+    hopper_decode_kernel[(config["num_workers"] * config["row_blocks"],)](
         out,
         lse_or_unused,
         partial_out,
@@ -247,6 +241,7 @@ def decode(
         *q_pe.stride()[:2],
         *kv_c.stride()[:2],
         *k_pe.stride()[:2],
+        M=tile_rows,
         D=rank,
         R=rope,
         PAGE_SIZE=kv.page_size,
@@ -257,7 +252,7 @@ def decode(
         HAS_SINK=sink is not None,
         HAS_SOFTCAP=options.softcap > 0,
         HAS_WINDOW=options.window is not None,
-        **launch,
+        **_launch(tile_rows, rank),
     )
     if "partial_out" in plan.workspace:
         rows, unroll, warps = _merge_launch(config["max_runs"])
@@ -283,18 +278,18 @@ def decode(
         )
 
 
-_WIDE_LAUNCH = {"LOADERS": 4, "RIGHT_REGISTERS": 168, "LOADER_REGISTERS": 72, "num_warps": 4}
-
-
-def _narrow_launch(tile_rows: int, kv_lora_rank: int) -> dict[str, int]:
-    """Return stages that fit 227 KiB of shared memory, and registers."""
-    stages_a, stages_b = (3, 3) if kv_lora_rank <= 256 else (3, 2) if tile_rows <= 8 else (2, 2)
+def _launch(tile_rows: int, kv_lora_rank: int) -> dict[str, int]:
+    """Return stages that fit 227 KiB of shared memory, and registers of the warp roles."""
+    is_wide = tile_rows == WIDE
+    stages_a, stages_b = (3, 2) if tile_rows <= 8 else (2, 2)
+    if kv_lora_rank <= 256 and not is_wide:
+        stages_a, stages_b = 3, 3
     return {
-        "M": tile_rows,
-        "LOADERS": 4,
         "STAGES_A": stages_a,
         "STAGES_B": stages_b,
-        "LOADER_REGISTERS": 120,
+        "LOADERS": 4,
+        "LOADER_REGISTERS": 72 if is_wide else 120,
+        "RIGHT_REGISTERS": 168 if is_wide else 0,
         "num_warps": 4,
     }
 

@@ -13,29 +13,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_triton.kernels.hopper._gluon import barrier
 from mla_triton.kernels.hopper.load import (
     TILE,
-    Cache,
-    Rows,
-    allocate_tiles,
-    load_partition,
     load_rows,
 )
-from mla_triton.kernels.hopper.output import Output
-from mla_triton.kernels.hopper.schedule import Batch, Shares, deal, next_item
+from mla_triton.kernels.hopper.schedule import deal, next_item
 from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, scale_scores
 
 
 @gluon.jit
-def _attend(
+def narrow_partition(
     batch,
     shares,
     rows,
     tiles,
-    p_smem,
+    weights_smem,
     output,
     worker,
     block,
@@ -44,6 +38,7 @@ def _attend(
     M: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
 ):
+    """Form scores, probabilities and output of M rows."""
     HALF: gl.constexpr = output.D // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     columns: gl.constexpr = gl.SliceLayout(0, layout)
@@ -113,13 +108,13 @@ def _attend(
                 p = gl.exp2(s - m_safe[None, :])
                 alpha = gl.exp2(m - m_safe)
                 m = m_new
-                p_smem.store(p.to(dtype).permute((1, 0)))
+                weights_smem.store(p.to(dtype).permute((1, 0)))
                 fence_async_shared()
                 weights = weights * alpha[None, :] + p
                 left = left * alpha[None, :]
                 right = right * alpha[None, :]
                 barrier()
-                weight = p_smem.permute((1, 0))
+                weight = weights_smem.permute((1, 0))
                 value = tiles.a.index(a).permute((1, 0))
                 left = warpgroup_mma(value, weight, left, is_async=True)
                 value = tiles.b.index(b).permute((1, 0))
@@ -166,190 +161,3 @@ def _attend(
         begin = item.next_begin
         place = item.next_begin
         request += 1
-
-
-@gluon.jit(
-    do_not_specialize=[
-        "batch_size",
-        "num_heads",
-        "num_pages",
-        "window",
-        "cp_world_size",
-        "cp_rank",
-        "row_blocks",
-        "num_workers",
-        "max_runs",
-        "min_tiles",
-        "lse_stride_t",
-        "lse_stride_h",
-        "page_rows",
-    ]
-)
-def narrow_kernel(
-    out_ptr,
-    lse_ptr,
-    partial_out_ptr,
-    partial_lse_ptr,
-    note_ptr,
-    ql_nope_ptr,
-    q_pe_ptr,
-    kv_c_ptr,
-    k_pe_ptr,
-    kv_c_desc,
-    k_pe_desc,
-    qo_indptr_ptr,
-    kv_indptr_ptr,
-    kv_page_indices_ptr,
-    kv_last_page_len_ptr,
-    global_kv_lens_ptr,
-    sink_ptr,
-    sm_scale_log2,
-    softcap,
-    window,
-    cp_world_size,
-    cp_rank,
-    batch_size,
-    num_heads,
-    num_pages,
-    page_rows,
-    row_blocks,
-    num_workers,
-    max_runs,
-    min_tiles,
-    out_stride_t,
-    out_stride_h,
-    lse_stride_t,
-    lse_stride_h,
-    ql_nope_stride_t,
-    ql_nope_stride_h,
-    q_pe_stride_t,
-    q_pe_stride_h,
-    kv_c_stride_p,
-    kv_c_stride_t,
-    k_pe_stride_p,
-    k_pe_stride_t,
-    M: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    EVEN: gl.constexpr,
-    IS_CAUSAL: gl.constexpr,
-    IS_CP: gl.constexpr,
-    HAS_LSE: gl.constexpr,
-    HAS_SINK: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr,
-    HAS_WINDOW: gl.constexpr,
-    LOADERS: gl.constexpr,
-    STAGES_A: gl.constexpr,
-    STAGES_B: gl.constexpr,
-    LOADER_REGISTERS: gl.constexpr,
-):
-    """Attend up to M rows of each request in the spans of this worker."""
-    HALF: gl.constexpr = D // 2
-    dtype: gl.constexpr = kv_c_ptr.dtype.element_ty
-    worker = gl.program_id(0) // row_blocks
-    block = gl.program_id(0) % row_blocks
-    batch = Batch(
-        batch_size,
-        qo_indptr_ptr,
-        kv_indptr_ptr,
-        kv_last_page_len_ptr,
-        global_kv_lens_ptr,
-        window,
-        cp_world_size,
-        cp_rank,
-        PAGE_SIZE,
-        TILE,
-        IS_CAUSAL,
-        HAS_WINDOW,
-        IS_CP,
-    )
-    shares = Shares(num_workers, max_runs, min_tiles, EVEN)
-    gdc_launch_dependents()
-
-    tiles = allocate_tiles(dtype, HALF, R, STAGES_A, STAGES_B, LOADERS)
-    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, HALF], dtype)
-    rope: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, R], dtype)
-    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TILE], dtype)
-    rows = Rows(
-        ql_nope_ptr,
-        q_pe_ptr,
-        num_heads,
-        ql_nope_stride_t,
-        ql_nope_stride_h,
-        q_pe_stride_t,
-        q_pe_stride_h,
-        gl.allocate_shared_memory(dtype, [2, M, HALF], half),
-        gl.allocate_shared_memory(dtype, [M, R], rope),
-    )
-    p_smem = gl.allocate_shared_memory(dtype, [M, TILE], square)
-    cache = Cache(
-        kv_c_ptr,
-        k_pe_ptr,
-        kv_page_indices_ptr,
-        num_pages,
-        kv_c_stride_p,
-        kv_c_stride_t,
-        k_pe_stride_p,
-        k_pe_stride_t,
-        page_rows,
-        PAGE_SIZE,
-    )
-    output = Output(
-        out_ptr,
-        lse_ptr,
-        partial_out_ptr,
-        partial_lse_ptr,
-        note_ptr,
-        sink_ptr,
-        num_heads,
-        out_stride_t,
-        out_stride_h,
-        lse_stride_t,
-        lse_stride_h,
-        row_blocks,
-        D,
-        HAS_LSE,
-        HAS_SINK,
-    )
-    gl.warp_specialize(
-        [
-            (
-                _attend,
-                (
-                    batch,
-                    shares,
-                    rows,
-                    tiles,
-                    p_smem,
-                    output,
-                    worker,
-                    block,
-                    sm_scale_log2,
-                    softcap,
-                    M,
-                    HAS_SOFTCAP,
-                ),
-            ),
-            (
-                load_partition,
-                (
-                    batch,
-                    shares,
-                    rows,
-                    cache,
-                    kv_c_desc,
-                    k_pe_desc,
-                    tiles,
-                    worker,
-                    block,
-                    M,
-                    D,
-                    R,
-                    LOADERS,
-                ),
-            ),
-        ],
-        [LOADERS],
-        [LOADER_REGISTERS],
-    )

@@ -15,19 +15,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_triton.kernels.hopper._gluon import aggregate
 from mla_triton.kernels.hopper.load import (
     TILE,
-    Cache,
-    Rows,
-    allocate_tiles,
-    load_partition,
     load_rows,
 )
-from mla_triton.kernels.hopper.output import Output
-from mla_triton.kernels.hopper.schedule import Batch, Shares, deal, next_item
+from mla_triton.kernels.hopper.schedule import deal, next_item
 from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, scale_scores
 
 #: Rows of a program.
@@ -106,7 +100,7 @@ def _hand_over(p, factor, exchange, count):
 
 
 @gluon.jit
-def _left(
+def left_partition(
     batch,
     shares,
     rows,
@@ -119,6 +113,7 @@ def _left(
     softcap,
     HAS_SOFTCAP: gl.constexpr,
 ):
+    """Form scores and probabilities, and the left half of the output."""
     HALF: gl.constexpr = output.D // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -252,7 +247,8 @@ def _left(
 
 
 @gluon.jit
-def _right(batch, shares, rows, tiles, exchange, output, worker, block):
+def right_partition(batch, shares, rows, tiles, exchange, output, worker, block):
+    """Form the right half of the output."""
     HALF: gl.constexpr = output.D // 2
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
@@ -297,196 +293,18 @@ def _right(batch, shares, rows, tiles, exchange, output, worker, block):
         request += 1
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "batch_size",
-        "num_heads",
-        "num_pages",
-        "window",
-        "cp_world_size",
-        "cp_rank",
-        "row_blocks",
-        "num_workers",
-        "max_runs",
-        "min_tiles",
-        "lse_stride_t",
-        "lse_stride_h",
-        "page_rows",
-    ]
-)
-def wide_kernel(
-    out_ptr,
-    lse_ptr,
-    partial_out_ptr,
-    partial_lse_ptr,
-    note_ptr,
-    ql_nope_ptr,
-    q_pe_ptr,
-    kv_c_ptr,
-    k_pe_ptr,
-    kv_c_desc,
-    k_pe_desc,
-    qo_indptr_ptr,
-    kv_indptr_ptr,
-    kv_page_indices_ptr,
-    kv_last_page_len_ptr,
-    global_kv_lens_ptr,
-    sink_ptr,
-    sm_scale_log2,
-    softcap,
-    window,
-    cp_world_size,
-    cp_rank,
-    batch_size,
-    num_heads,
-    num_pages,
-    page_rows,
-    row_blocks,
-    num_workers,
-    max_runs,
-    min_tiles,
-    out_stride_t,
-    out_stride_h,
-    lse_stride_t,
-    lse_stride_h,
-    ql_nope_stride_t,
-    ql_nope_stride_h,
-    q_pe_stride_t,
-    q_pe_stride_h,
-    kv_c_stride_p,
-    kv_c_stride_t,
-    k_pe_stride_p,
-    k_pe_stride_t,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    EVEN: gl.constexpr,
-    IS_CAUSAL: gl.constexpr,
-    IS_CP: gl.constexpr,
-    HAS_LSE: gl.constexpr,
-    HAS_SINK: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr,
-    HAS_WINDOW: gl.constexpr,
-    LOADERS: gl.constexpr,
-    RIGHT_REGISTERS: gl.constexpr,
-    LOADER_REGISTERS: gl.constexpr,
-):
-    """Attend 64 rows of each request in the spans of this worker."""
-    HALF: gl.constexpr = D // 2
-    dtype: gl.constexpr = kv_c_ptr.dtype.element_ty
-    worker = gl.program_id(0) // row_blocks
-    block = gl.program_id(0) % row_blocks
-    batch = Batch(
-        batch_size,
-        qo_indptr_ptr,
-        kv_indptr_ptr,
-        kv_last_page_len_ptr,
-        global_kv_lens_ptr,
-        window,
-        cp_world_size,
-        cp_rank,
-        PAGE_SIZE,
-        TILE,
-        IS_CAUSAL,
-        HAS_WINDOW,
-        IS_CP,
-    )
-    shares = Shares(num_workers, max_runs, min_tiles, EVEN)
-    gdc_launch_dependents()
-
-    tiles = allocate_tiles(dtype, HALF, R, 2, 2, LOADERS)
-    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, HALF], dtype)
-    rope: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, R], dtype)
+@gluon.jit
+def allocate_exchange(dtype: gl.constexpr):
+    """Allocate what the two warp groups share, and initialise its barriers."""
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TILE], dtype)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    rows = Rows(
-        ql_nope_ptr,
-        q_pe_ptr,
-        num_heads,
-        ql_nope_stride_t,
-        ql_nope_stride_h,
-        q_pe_stride_t,
-        q_pe_stride_h,
-        gl.allocate_shared_memory(dtype, [2, M, HALF], half),
-        gl.allocate_shared_memory(dtype, [M, R], rope),
-    )
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
     mbarrier.init(free, count=1)
-    exchange = Exchange(
+    return Exchange(
         gl.allocate_shared_memory(dtype, [M, TILE], square),
         gl.allocate_shared_memory(gl.float32, [M], flat),
         ready,
         free,
-    )
-    cache = Cache(
-        kv_c_ptr,
-        k_pe_ptr,
-        kv_page_indices_ptr,
-        num_pages,
-        kv_c_stride_p,
-        kv_c_stride_t,
-        k_pe_stride_p,
-        k_pe_stride_t,
-        page_rows,
-        PAGE_SIZE,
-    )
-    output = Output(
-        out_ptr,
-        lse_ptr,
-        partial_out_ptr,
-        partial_lse_ptr,
-        note_ptr,
-        sink_ptr,
-        num_heads,
-        out_stride_t,
-        out_stride_h,
-        lse_stride_t,
-        lse_stride_h,
-        row_blocks,
-        D,
-        HAS_LSE,
-        HAS_SINK,
-    )
-    gl.warp_specialize(
-        [
-            (
-                _left,
-                (
-                    batch,
-                    shares,
-                    rows,
-                    tiles,
-                    exchange,
-                    output,
-                    worker,
-                    block,
-                    sm_scale_log2,
-                    softcap,
-                    HAS_SOFTCAP,
-                ),
-            ),
-            (_right, (batch, shares, rows, tiles, exchange, output, worker, block)),
-            (
-                load_partition,
-                (
-                    batch,
-                    shares,
-                    rows,
-                    cache,
-                    kv_c_desc,
-                    k_pe_desc,
-                    tiles,
-                    worker,
-                    block,
-                    M,
-                    D,
-                    R,
-                    LOADERS,
-                ),
-            ),
-        ],
-        [4, LOADERS],
-        [RIGHT_REGISTERS, LOADER_REGISTERS],
     )

@@ -1,0 +1,255 @@
+"""Absorbed MLA decode on Hopper: one kernel, whose warps take the roles that the rows ask for.
+
+Grid (num_workers * row_blocks): a program owns a block of M query rows (query token x head) of each
+request in the share of its worker.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from mla_triton.kernels.hopper.load import (
+    TILE,
+    Cache,
+    Rows,
+    allocate_tiles,
+    load_partition,
+)
+from mla_triton.kernels.hopper.narrow import narrow_partition
+from mla_triton.kernels.hopper.output import Output
+from mla_triton.kernels.hopper.schedule import Batch, Shares
+from mla_triton.kernels.hopper.wide import M as WIDE
+from mla_triton.kernels.hopper.wide import allocate_exchange, left_partition, right_partition
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "batch_size",
+        "num_heads",
+        "num_pages",
+        "window",
+        "cp_world_size",
+        "cp_rank",
+        "row_blocks",
+        "num_workers",
+        "max_runs",
+        "min_tiles",
+        "lse_stride_t",
+        "lse_stride_h",
+        "page_rows",
+    ]
+)
+def hopper_decode_kernel(
+    out_ptr,  # [total_q, num_heads, D]
+    lse_ptr,  # [total_q, num_heads] f32, natural log; unused without HAS_LSE
+    partial_out_ptr,  # [2 * num_workers, row_blocks, M, D] f32
+    partial_lse_ptr,  # [2 * num_workers, row_blocks, M] f32
+    note_ptr,  # [notes, 4] i32, see merge
+    ql_nope_ptr,  # [total_q, num_heads, D]
+    q_pe_ptr,  # [total_q, num_heads, R]
+    kv_c_ptr,  # [num_pages, PAGE_SIZE, D]
+    k_pe_ptr,  # [num_pages, PAGE_SIZE, R]
+    kv_c_desc,  # rows of the same memory in boxes of [64, D / 2]; None without TMA
+    k_pe_desc,  # the same in boxes of [64, R]
+    qo_indptr_ptr,  # [batch_size + 1] i32
+    kv_indptr_ptr,  # [batch_size + 1] i32, pages
+    kv_page_indices_ptr,  # [>= kv_indptr[-1]] i32
+    kv_last_page_len_ptr,  # [batch_size] i32
+    global_kv_lens_ptr,  # [batch_size] i32; unused without IS_CP
+    sink_ptr,  # [num_heads] f32; unused without HAS_SINK
+    sm_scale_log2,  # sm_scale * log2(e)
+    softcap,  # unused without HAS_SOFTCAP
+    window,  # unused without HAS_WINDOW
+    cp_world_size,
+    cp_rank,
+    batch_size,
+    num_heads,
+    num_pages,
+    page_rows,  # rows of the descriptors from page to page
+    row_blocks,  # programs of a worker, each with M rows of every request
+    num_workers,
+    max_runs,  # with EVEN: runs of a request, workers for each
+    min_tiles,  # with EVEN: shortest run
+    out_stride_t,  # elements
+    out_stride_h,
+    lse_stride_t,
+    lse_stride_h,
+    ql_nope_stride_t,
+    ql_nope_stride_h,
+    q_pe_stride_t,
+    q_pe_stride_h,
+    kv_c_stride_p,
+    kv_c_stride_t,
+    k_pe_stride_p,
+    k_pe_stride_t,
+    M: gl.constexpr,  # rows of a program: 8, 16, 32 or 64
+    D: gl.constexpr,  # kv_lora_rank
+    R: gl.constexpr,  # qk_rope_head_dim
+    PAGE_SIZE: gl.constexpr,
+    EVEN: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+    IS_CP: gl.constexpr,
+    HAS_LSE: gl.constexpr,
+    HAS_SINK: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    STAGES_A: gl.constexpr,
+    STAGES_B: gl.constexpr,
+    LOADERS: gl.constexpr,  # warps
+    LOADER_REGISTERS: gl.constexpr,
+    RIGHT_REGISTERS: gl.constexpr,  # unused below 64 rows
+):
+    """Attend M rows of each request in the share of this worker."""
+    HALF: gl.constexpr = D // 2
+    dtype: gl.constexpr = kv_c_ptr.dtype.element_ty
+    worker = gl.program_id(0) // row_blocks
+    block = gl.program_id(0) % row_blocks
+    batch = Batch(
+        batch_size,
+        qo_indptr_ptr,
+        kv_indptr_ptr,
+        kv_last_page_len_ptr,
+        global_kv_lens_ptr,
+        window,
+        cp_world_size,
+        cp_rank,
+        PAGE_SIZE,
+        TILE,
+        IS_CAUSAL,
+        HAS_WINDOW,
+        IS_CP,
+    )
+    shares = Shares(num_workers, max_runs, min_tiles, EVEN)
+    gdc_launch_dependents()
+
+    tiles = allocate_tiles(dtype, HALF, R, STAGES_A, STAGES_B, LOADERS)
+    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, HALF], dtype)
+    rope: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, R], dtype)
+    rows = Rows(
+        ql_nope_ptr,
+        q_pe_ptr,
+        num_heads,
+        ql_nope_stride_t,
+        ql_nope_stride_h,
+        q_pe_stride_t,
+        q_pe_stride_h,
+        gl.allocate_shared_memory(dtype, [2, M, HALF], half),
+        gl.allocate_shared_memory(dtype, [M, R], rope),
+    )
+    cache = Cache(
+        kv_c_ptr,
+        k_pe_ptr,
+        kv_page_indices_ptr,
+        num_pages,
+        kv_c_stride_p,
+        kv_c_stride_t,
+        k_pe_stride_p,
+        k_pe_stride_t,
+        page_rows,
+        PAGE_SIZE,
+    )
+    output = Output(
+        out_ptr,
+        lse_ptr,
+        partial_out_ptr,
+        partial_lse_ptr,
+        note_ptr,
+        sink_ptr,
+        num_heads,
+        out_stride_t,
+        out_stride_h,
+        lse_stride_t,
+        lse_stride_h,
+        row_blocks,
+        D,
+        HAS_LSE,
+        HAS_SINK,
+    )
+    # The arguments stand inside the calls: a constant bound to a name would become a value.
+    if M == WIDE:
+        exchange = allocate_exchange(dtype)
+        gl.warp_specialize(
+            [
+                (
+                    left_partition,
+                    (
+                        batch,
+                        shares,
+                        rows,
+                        tiles,
+                        exchange,
+                        output,
+                        worker,
+                        block,
+                        sm_scale_log2,
+                        softcap,
+                        HAS_SOFTCAP,
+                    ),
+                ),
+                (right_partition, (batch, shares, rows, tiles, exchange, output, worker, block)),
+                (
+                    load_partition,
+                    (
+                        batch,
+                        shares,
+                        rows,
+                        cache,
+                        kv_c_desc,
+                        k_pe_desc,
+                        tiles,
+                        worker,
+                        block,
+                        M,
+                        D,
+                        R,
+                        LOADERS,
+                    ),
+                ),
+            ],
+            [4, LOADERS],
+            [RIGHT_REGISTERS, LOADER_REGISTERS],
+        )
+    else:
+        square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TILE], dtype)
+        weights = gl.allocate_shared_memory(dtype, [M, TILE], square)
+        gl.warp_specialize(
+            [
+                (
+                    narrow_partition,
+                    (
+                        batch,
+                        shares,
+                        rows,
+                        tiles,
+                        weights,
+                        output,
+                        worker,
+                        block,
+                        sm_scale_log2,
+                        softcap,
+                        M,
+                        HAS_SOFTCAP,
+                    ),
+                ),
+                (
+                    load_partition,
+                    (
+                        batch,
+                        shares,
+                        rows,
+                        cache,
+                        kv_c_desc,
+                        k_pe_desc,
+                        tiles,
+                        worker,
+                        block,
+                        M,
+                        D,
+                        R,
+                        LOADERS,
+                    ),
+                ),
+            ],
+            [LOADERS],
+            [LOADER_REGISTERS],
+        )
