@@ -15,7 +15,6 @@ import torch
 from mla_core.batch import PagedKV
 from mla_core.dtypes import torch_dtype
 from mla_core.plan import DecodePlan, PlanRequest, Schedule, bind_schedule
-from mla_core.problem import Capability, Verified
 
 #: Cached tokens of a tile, as in the kernels.
 TILE = 64
@@ -32,24 +31,6 @@ _START = 2.5
 _MERGE = 1.5
 _TILE_BYTES = 7e6  # partials written and read in the time of a tile
 _LINE_START = 3  # as `mla_triton.kernels.hopper.schedule.START_COST`
-
-HOPPER = Capability(
-    op="decode",
-    kernel="hopper_decode",
-    archs=frozenset({"sm90"}),
-    q_dtypes=frozenset({"bf16", "fp16"}),
-    kv_dtypes=frozenset({"bf16", "fp16"}),
-    same_dtypes=True,
-    layouts=frozenset({"standard"}),
-    page_sizes=range(1, 2**20 + 1),
-    num_heads=range(1, 129),
-    kv_lora_ranks=frozenset({256, 512}),
-    rope_dims=frozenset({32, 64}),
-    features=frozenset(
-        {"lse", "non_causal", "window", "softcap", "sink", "cp_round_robin", "batch_invariant"}
-    ),
-    verified=(Verified("sm90", "ran", "2026-11-21", "benchmarks/results/sm90/tests_gpu.log"),),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +59,7 @@ class Shares:
 def make_schedule(
     request: PlanRequest, multiprocessors: int, shares: Shares | None = None
 ) -> Schedule:
-    """Return the schedule of a problem that `HOPPER` takes; tests may give the shares."""
+    """Return the schedule of a problem that the backend's row takes; tests may give the shares."""
     dims = request.problem.dims
     is_invariant = "batch_invariant" in request.problem.features
     tile_rows = rows_of_a_program(dims.num_heads * (1 if is_invariant else request.max_seqlen_q))
