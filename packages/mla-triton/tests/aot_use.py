@@ -20,7 +20,7 @@ from mla_triton import aot
 
 def main(arch):
     # Compiled, not interpreted, although the tensors are on the CPU.
-    list(aot._kernels())
+    list(aot.kernels())
     os.environ["TRITON_INTERPRET"] = "1"
     hits = []
     knobs.compilation.listener = lambda **seen: hits.append(seen["cache_hit"])

@@ -23,9 +23,10 @@ _ALIGNMENT = 16
 _LARGE_BYTES = 2**31
 
 _Values = tuple[Any, ...]
-#: Type of each argument to where tensors and where numbers are; None for plain launches.
-_places: dict[tuple[type, ...], tuple[tuple[int, ...], tuple[int, ...]] | None] = {}
-#: The last element keeps the kernel alive, whose id is in the key.
+_Places = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+#: Type of each argument to where tensors, numbers and descriptors are; None for plain launches.
+_places: dict[tuple[type, ...], _Places | None] = {}
+#: The last element keeps alive what the key has the ids of: the kernel and descriptors.
 _known: dict[tuple[object, ...], tuple[Callable[..., None], Any, Any, _Values, Any]] = {}
 
 
@@ -37,8 +38,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     kernel : a jitted function
         Or what stands for one: interpreted, emulated and recorded kernels are called as they are.
     grid : tuple of one to three ints
-    args : tensors, ints, floats and bools
+    args : tensors, ints, floats, bools, None, and tensor descriptors
         The kernel's first parameters. Other values are legal and make the launch a plain one.
+        Descriptors are told apart by identity: make one once, not for each launch.
     constants : values
         The kernel's other parameters, and options of the launch such as ``num_warps``.
 
@@ -59,6 +61,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         kernel[grid](*args, **constants)
         return
     tensors = [args[place] for place in places[0]]
+    descriptors = [args[place] for place in places[2]]
     addresses = [tensor.data_ptr() for tensor in tensors]
     # Pointers of torch are aligned, apart from views that start in the middle.
     misaligned: object = functools.reduce(operator.or_, addresses) % _ALIGNMENT
@@ -71,6 +74,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         device,
         types,
         tuple([args[place] for place in places[1]]),
+        tuple(map(id, descriptors)),
         tuple([tensor.dtype for tensor in tensors]),
         misaligned,
         triton.tells_large and tuple(map(_is_large, tensors)),
@@ -93,7 +97,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
                 for parameter in kernel.params[len(args) :]
             )
             metadata = compiled.packed_metadata
-            _known[key] = (compiled.run, compiled.function, metadata, rest, kernel)
+            alive = (kernel, *descriptors)
+            _known[key] = (compiled.run, compiled.function, metadata, rest, alive)
         return
     run, function, metadata, rest, _ = known
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
@@ -109,19 +114,30 @@ def forget() -> None:
     _known.clear()
 
 
-def _learn(types: tuple[type, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Say where among arguments of these types there are tensors, and where numbers."""
-    is_tensor = [issubclass(kind, torch.Tensor) for kind in types]
-    are_known = all(
-        holds or kind in (int, float, bool) for kind, holds in zip(types, is_tensor, strict=True)
-    )
-    places: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    if are_known and any(is_tensor):
-        tensors = tuple(place for place, holds in enumerate(is_tensor) if holds)
-        numbers = tuple(place for place, holds in enumerate(is_tensor) if not holds)
-        places = tensors, numbers
+def _learn(types: tuple[type, ...]) -> _Places | None:
+    """Say where among arguments of these types there are tensors, numbers and descriptors."""
+    kinds = [
+        "tensor" if issubclass(kind, torch.Tensor) else _KINDS.get(kind.__name__) for kind in types
+    ]
+    places: _Places | None = None
+    if "tensor" in kinds and None not in kinds:
+        tensors, numbers, descriptors = (
+            tuple(place for place, kind in enumerate(kinds) if kind == wanted)
+            for wanted in ("tensor", "number", "descriptor")
+        )
+        places = tensors, numbers, descriptors
     _places[types] = places
     return places
+
+
+#: Types by name, since descriptors are Triton's and Gluon's.
+_KINDS = {
+    "int": "number",
+    "float": "number",
+    "bool": "number",
+    "NoneType": "number",
+    "TensorDescriptor": "descriptor",
+}
 
 
 def _is_large(tensor: torch.Tensor) -> bool:

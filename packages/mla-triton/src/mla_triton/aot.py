@@ -249,17 +249,17 @@ def recorded(arch: str) -> Iterator[list[Launch]]:
         Triton is missing, or its interpreter was on when it was imported.
     """
     told = os.environ.get("TRITON_INTERPRET")
-    kernels = list(_kernels())
+    found = list(kernels())
     launches: list[Launch] = []
     # Launchers take CPU tensors for Triton only where they believe the interpreter is on.
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        for module, name, kernel in kernels:
+        for module, name, kernel in found:
             setattr(module, name, _Recorder(kernel, launches.append))
         with cpu_as(arch):
             yield launches
     finally:
-        for module, name, kernel in kernels:
+        for module, name, kernel in found:
             setattr(module, name, kernel)
         if told is None:
             del os.environ["TRITON_INTERPRET"]
@@ -278,8 +278,14 @@ class _Recorder:
         return lambda *args, **kwargs: self.add(Launch(self.kernel, grid, args, kwargs))
 
 
-def _kernels() -> Iterator[tuple[ModuleType, str, Any]]:
-    """Yield every jitted function with the module and the name it has there."""
+def kernels() -> Iterator[tuple[ModuleType, str, Any]]:
+    """Import every kernel, and yield each jitted function with a module and its name there.
+
+    Raises
+    ------
+    BackendUnavailableError
+        Triton is missing, or its interpreter is on.
+    """
     try:
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
