@@ -45,11 +45,13 @@ PERSISTENT_CASES = (
 
 
 def covering(cases):
-    """Return the cases with anything new in them: a situation, a format, or widths and scales."""
+    """Return the cases with anything new in them: a situation, a layout, widths or scales."""
     seen, chosen = set(), []
     for case in cases:
         dims, rope = case.dims, case.options.rope
-        situation = (case.name, dims.num_heads, case.num_kv_splits, case.options)
+        scales = layouts.get(case.layout).scale_kind
+        heads = dims.num_heads if case.name in ("heads", "multi_token") else None
+        situation = (case.name, heads, case.num_kv_splits, case.options)
         if rope is not None:
             # A rotation ends before the loop over keys, so one case of each kind will do.
             stored_as = layouts.get(case.layout).rope.dtype
@@ -57,8 +59,9 @@ def covering(cases):
             situation = ("rope", *kind, "cp_round_robin" in case.options.features)
         new = {
             situation,
-            (case.q_dtype, case.layout),
-            (layouts.get(case.layout).scale_kind, dims.kv_lora_rank, dims.qk_rope_head_dim),
+            (case.layout,),
+            (case.q_dtype, scales),
+            (scales == "none", dims.kv_lora_rank, dims.qk_rope_head_dim),
         } - seen
         if new:
             seen |= new

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from mla_core.cache import LatentCache
@@ -25,6 +27,12 @@ def scale_group_of(
         return 0, (0, 0)
     groups = kv_scale.shape[-1]
     return block_d if groups == 1 else kv_lora_rank // groups, kv_scale.stride()[:2]
+
+
+def alignment_of(rows: torch.Tensor) -> int:
+    """Return what page and token strides are multiples of, if less than the 16 Triton looks for."""
+    divisor = math.gcd(16, *rows.stride()[:2])
+    return 1 if divisor == 16 else divisor
 
 
 def power_of_two(width: int) -> int:

@@ -18,7 +18,7 @@ from mla_core.rope import RopeInputs
 from mla_triton import hopper, tuning, worklist
 from mla_triton import rope as fused_rope
 from mla_triton.aot_files import install_named
-from mla_triton.arguments import power_of_two, scale_group_of, scales_of
+from mla_triton.arguments import alignment_of, power_of_two, scale_group_of, scales_of
 from mla_triton.splits import INVARIANT_SPLITS, choose_splits
 
 #: A split shorter than this many tokens costs more to merge than it saves.
@@ -290,6 +290,7 @@ def launch_decode(
         BLOCK_D=block_d,
         BLOCK_R=power_of_two(q_pe.shape[-1]),
         PAGE_SIZE=page_size,
+        LATENT_ALIGN=alignment_of(kv_c),
         SCALE_GROUP=scale_group,
         HAS_KV_SCALE=kv_scale is not None and not scale_group,
         HAS_Q_SCALE=q_scale is not None,

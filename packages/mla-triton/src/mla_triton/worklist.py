@@ -19,7 +19,7 @@ from mla_core.reduce import launch_reduce
 from mla_core.rope import RopeInputs
 from mla_triton import rope as fused_rope
 from mla_triton import tuning
-from mla_triton.arguments import power_of_two, scale_group_of, scales_of
+from mla_triton.arguments import alignment_of, power_of_two, scale_group_of, scales_of
 
 KERNEL = "flash_decode_worklist"
 #: Workers are the second dimension of the grid, which CUDA limits.
@@ -203,6 +203,7 @@ def decode(
         BLOCK_D=block_d,
         BLOCK_R=power_of_two(dims.qk_rope_head_dim),
         PAGE_SIZE=kv.page_size,
+        LATENT_ALIGN=alignment_of(kv_c),
         SCALE_GROUP=scale_group,
         HAS_KV_SCALE=kv_scale is not None and not scale_group,
         HAS_Q_SCALE=q_scale is not None,

@@ -98,7 +98,13 @@ def load_latents(
         scale = scale_value(scale)
         groups = tl.reshape(kv_c, [BLOCK_N, GROUPS, SCALE_GROUP])
         kv_c = tl.reshape(groups * scale[:, :, None], [BLOCK_N, BLOCK_D])
-    return kv_c.to(DTYPE)
+    kv_c = kv_c.to(DTYPE)
+    if kv_c_ptr.dtype.element_ty.primitive_bitwidth == 8 and DTYPE.primitive_bitwidth == 16:
+        # A sum over one element costs nothing, and compilers do not move it. Without it they move
+        # the conversion behind the exchange through shared memory, to both products, where several
+        # warps convert the same elements and run out of registers.
+        kv_c = tl.sum(kv_c[:, :, None], 2)
+    return kv_c
 
 
 @triton.jit
@@ -144,6 +150,7 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    LATENT_ALIGN: tl.constexpr,  # divides the strides of kv_c
     ROPE_ALIGN: tl.constexpr,  # divides the strides of k_pe and how far the new keys are from it
     SCALE_GROUP: tl.constexpr,  # neighbours that share a scale in the cache; 0 for none there
     HAS_KV_SCALE: tl.constexpr,  # one scale for latents and rotary keys of the whole cache
@@ -173,6 +180,8 @@ def attend(
         kv_scale = tl.load(kv_scale_ptr)
         sm_scale_log2 *= kv_scale
     # No change, but the compiler then knows how wide it may load.
+    kv_c_stride_p = kv_c_stride_p // LATENT_ALIGN * LATENT_ALIGN
+    kv_c_stride_t = kv_c_stride_t // LATENT_ALIGN * LATENT_ALIGN
     k_pe_stride_p = k_pe_stride_p // ROPE_ALIGN * ROPE_ALIGN
     k_pe_stride_t = k_pe_stride_t // ROPE_ALIGN * ROPE_ALIGN
     if NEW_KEYS == 1:

@@ -124,7 +124,8 @@ def decode_worklist_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    ROPE_ALIGN: tl.constexpr,  # from here to HAS_Q_SCALE, and the sizes above: see `attend`
+    LATENT_ALIGN: tl.constexpr,  # from here to HAS_Q_SCALE, and the sizes above: see `attend`
+    ROPE_ALIGN: tl.constexpr,
     SCALE_GROUP: tl.constexpr,
     HAS_KV_SCALE: tl.constexpr,
     HAS_Q_SCALE: tl.constexpr,
@@ -271,6 +272,7 @@ def decode_worklist_kernel(
             BLOCK_M,
             BLOCK_N,
             PAGE_SIZE,
+            LATENT_ALIGN,
             ROPE_ALIGN,
             SCALE_GROUP,
             HAS_KV_SCALE,
