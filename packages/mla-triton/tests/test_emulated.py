@@ -51,7 +51,7 @@ def covering(cases):
         dims, rope = case.dims, case.options.rope
         scales = layouts.get(case.layout).scale_kind
         heads = dims.num_heads if case.name in ("heads", "multi_token") else None
-        situation = (case.name, heads, case.num_kv_splits, case.options)
+        situation = (case.name, heads, case.num_kv_splits)
         if rope is not None:
             # A rotation ends before the loop over keys, so one case of each kind will do.
             stored_as = layouts.get(case.layout).rope.dtype
