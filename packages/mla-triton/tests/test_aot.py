@@ -33,7 +33,6 @@ SCALAR_SPILLS = {"gfx950": 80, "gfx942": 144}
 #: Right, and slow: a tile of these needs more registers than there are, whatever its size.
 TOO_WIDE = (
     ("gfx", "/fp32/", "/d1024+"),
-    ("gfx", "/fp8", "/d1024+"),
     ("sm90", "/fp32/fp8_ds32/", ""),
 )
 

@@ -74,6 +74,7 @@ def load_latents(
     BLOCK_N: tl.constexpr,
     SCALE_GROUP: tl.constexpr,
     DTYPE: tl.constexpr,
+    CONVERT_ONCE: tl.constexpr,
 ):
     """Return latents [N, BLOCK_D] of DTYPE, zeros for dead tokens, group scales applied."""
     d = tl.arange(0, BLOCK_D)
@@ -99,7 +100,7 @@ def load_latents(
         groups = tl.reshape(kv_c, [BLOCK_N, GROUPS, SCALE_GROUP])
         kv_c = tl.reshape(groups * scale[:, :, None], [BLOCK_N, BLOCK_D])
     kv_c = kv_c.to(DTYPE)
-    if kv_c_ptr.dtype.element_ty.primitive_bitwidth == 8 and DTYPE.primitive_bitwidth == 16:
+    if CONVERT_ONCE:
         # A sum over one element costs nothing, and compilers do not move it. Without it they move
         # the conversion behind the exchange through shared memory, to both products, where several
         # warps convert the same elements and run out of registers.
@@ -174,6 +175,11 @@ def attend(
     that see nothing have 0, -inf and 0.
     """
     DTYPE: tl.constexpr = ql_nope.dtype
+    IS_WIDENED: tl.constexpr = (
+        kv_c_ptr.dtype.element_ty.primitive_bitwidth == 8 and DTYPE.primitive_bitwidth == 16
+    )
+    # Larger tiles leave no registers for it, by what compilers report.
+    CONVERT_ONCE: tl.constexpr = IS_WIDENED and BLOCK_M == 16 and BLOCK_N * BLOCK_D <= 16384
     if HAS_Q_SCALE:
         sm_scale_log2 *= tl.load(q_scale_ptr)
     if HAS_KV_SCALE:
@@ -216,6 +222,7 @@ def attend(
             BLOCK_N,
             SCALE_GROUP,
             DTYPE,
+            CONVERT_ONCE,
         )
         s = tl.dot(ql_nope, tl.trans(kv_c), input_precision="ieee")  # [M, N]
         if R > 0:
