@@ -9,6 +9,7 @@ from mla_core.dims import MLADims
 from mla_core.plan import AttentionOptions, PlanRequest
 from mla_core.problem import Problem
 from mla_triton import hopper
+from mla_triton.backend import HOPPER
 
 SMS = 132
 
@@ -95,7 +96,7 @@ def test_an_invariant_plan_does_not_look_at_the_batch():
     ids=["plain", "masks", "persistent", "rope", "rank-1024", "rank-256"],
 )
 def test_what_the_kernels_take(changes, takes):
-    assert (not hopper.HOPPER.why_not(request_of(16, 1, 64, **changes).problem)) == takes
+    assert (not HOPPER.why_not(request_of(16, 1, 64, **changes).problem)) == takes
 
 
 def test_alignment():

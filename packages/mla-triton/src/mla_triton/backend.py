@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from mla_core.backend import Backend
 from mla_core.errors import BackendUnavailableError
 from mla_core.problem import Capability, Verified
-from mla_triton.hopper import HOPPER
 
 #: Architectures with a tuning table of their own; others are refused until somebody tunes them.
 GPU_ARCHS = frozenset({"sm90", "gfx942", "gfx950"})
@@ -26,6 +25,24 @@ _GFX942, _GFX950 = (
 _FEATURES = frozenset({"lse", "non_causal", "window", "softcap", "sink", "batch_invariant"})
 _ALL_FEATURES = _FEATURES | {"cp_round_robin", "rope", "rope_write_back"}
 _FLOATS = frozenset({"bf16", "fp16", "fp32"})
+#: The kernels of `mla_triton.hopper`; planning takes them wherever this row holds.
+HOPPER = Capability(
+    op="decode",
+    kernel="hopper_decode",
+    archs=frozenset({"sm90"}),
+    q_dtypes=frozenset({"bf16", "fp16"}),
+    kv_dtypes=frozenset({"bf16", "fp16"}),
+    same_dtypes=True,
+    layouts=frozenset({"standard"}),
+    page_sizes=range(1, 2**20 + 1),
+    num_heads=range(1, 129),
+    kv_lora_ranks=frozenset({256, 512}),
+    rope_dims=frozenset({32, 64}),
+    features=_FEATURES | {"cp_round_robin"},
+    verified=(
+        Verified("sm90", "ran", "2026-11-21", "benchmarks/results/sm90/tests_gpu_hopper.log"),
+    ),
+)
 _DECODE = Capability(
     op="decode",
     kernel="flash_decode",

@@ -19,6 +19,7 @@ from mla_triton import hopper, tuning, worklist
 from mla_triton import rope as fused_rope
 from mla_triton.aot_files import install_named
 from mla_triton.arguments import alignment_of, power_of_two, scale_group_of, scales_of
+from mla_triton.backend import HOPPER
 from mla_triton.splits import INVARIANT_SPLITS, choose_splits
 
 #: A split shorter than this many tokens costs more to merge than it saves.
@@ -51,7 +52,7 @@ def plan_decode(request: PlanRequest) -> Schedule:
     install_named(request.problem.arch)
     if "persistent" in request.problem.features:
         return make_schedule(request, worklist.choose_config(request))
-    if not hopper.HOPPER.why_not(request.problem):
+    if not HOPPER.why_not(request.problem):
         return hopper.make_schedule(request, _multiprocessors(request.device_index))
     return make_schedule(request, tuning.choose(request))
 
