@@ -237,7 +237,7 @@ def decode(
     )
     if "partial_out" in plan.workspace:
         rows, unroll, warps = _merge_launch(config["max_runs"])
-        merge_kernel[(note.shape[0], config["row_blocks"] * tile_rows // rows)](
+        merge_kernel[(config["row_blocks"] * tile_rows // rows, note.shape[0])](
             out,
             lse_or_unused,
             partial_out,

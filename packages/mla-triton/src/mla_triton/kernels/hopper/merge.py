@@ -49,8 +49,8 @@ def merge_kernel(
 ):
     """Merge ROWS rows of the request of one note, if it was cut."""
     WARPS: gl.constexpr = gl.num_warps()
-    note = note_ptr + gl.program_id(0) * 4
-    first_row = gl.program_id(1) * ROWS
+    note = note_ptr + gl.program_id(1) * 4
+    first_row = gl.program_id(0) * ROWS
     gdc_wait()
     first_worker = gl.load(note)
     num_pieces = gl.load(note + 1)
