@@ -170,3 +170,12 @@ def test_architectures():
 def test_the_interpreter_must_be_off():
     with pytest.raises(BackendUnavailableError, match="Triton's interpreter must be off"):
         record(DecodeCase("sm90", MLADims(16)))
+
+
+@pytest.mark.slow
+def test_later_launches_get_what_the_first_got():
+    names = run([Path(__file__).with_name("launch_repeats.py")], Path.home() / ".triton" / "cache")
+    assert names.split() == [
+        *("decode_kernel", "decode_worklist_kernel", "hopper_decode_kernel", "merge_kernel"),
+        "reduce_partials_kernel",
+    ]

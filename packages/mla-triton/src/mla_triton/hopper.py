@@ -14,6 +14,7 @@ import torch
 
 from mla_core.batch import PagedKV
 from mla_core.dtypes import torch_dtype
+from mla_core.launch import launch
 from mla_core.plan import DecodePlan, PlanRequest, Schedule, bind_schedule
 
 #: Cached tokens of a tile, as in the kernels.
@@ -185,7 +186,9 @@ def decode(
     lse_or_unused = note if lse is None else lse
     lse_strides = (0, 0) if lse is None else lse.stride()
     tile_rows = config["M"]
-    hopper_decode_kernel[(config["num_workers"] * config["row_blocks"],)](
+    launch(
+        hopper_decode_kernel,
+        (config["num_workers"] * config["row_blocks"],),
         out,
         lse_or_unused,
         partial_out,
@@ -237,7 +240,9 @@ def decode(
     )
     if "partial_out" in plan.workspace:
         rows, unroll, warps = _merge_launch(config["max_runs"])
-        merge_kernel[(config["row_blocks"] * tile_rows // rows, note.shape[0])](
+        launch(
+            merge_kernel,
+            (config["row_blocks"] * tile_rows // rows, note.shape[0]),
             out,
             lse_or_unused,
             partial_out,
