@@ -89,6 +89,9 @@ def cases(arch):
         # The portable kernel, also where planning would take the one for Hopper.
         tiled = shape | {"config": config}
         yield aot.DecodeCase(**tiled, **adorned, num_kv_splits=(8, 1)[index % 2])
+        if arch == "sm90" and layout == q_dtype == "bf16":
+            # What planning takes: the kernels for Hopper, up to rank 512.
+            yield aot.DecodeCase(**shape, **adorned, num_kv_splits=(3, 1)[index % 2])
         if layout == q_dtype == "bf16" or (layout, q_dtype) == ("fp8_ds656", "bf16"):
             yield aot.DecodeCase(**shape, **adorned, is_persistent=True)
         if layout == q_dtype == "bf16" and dims.kv_lora_rank == 512:
