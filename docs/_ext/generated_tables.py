@@ -1,11 +1,13 @@
 """Directives that write tables from the code's own data, so that pages cannot drift from it.
 
-``{layout-table}``, ``{support-matrix}``, ``{env-vars}``, ``{models}``, ``{bad-input}`` and
-``{benchmark-results}``.
+``{layout-table}``, ``{support-matrix}``, ``{env-vars}``, ``{models}``, ``{bad-input}``,
+``{benchmark-results}`` and, as a picture, ``{benchmark-roofline}``.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ from sphinx.application import Sphinx
 
 import mla_core
 from mla_core import env, layouts
+from mla_core.bench import roofline
+from mla_core.bench.rows import Row
 from mla_core.errors import LayoutError
 from mla_core.problem import LEVELS, Capability, describe_values
 from mla_core.testing.bad_input import BAD_INPUTS
@@ -215,6 +219,28 @@ class BenchmarkResults(Directive):
         return [table(header, rows)]
 
 
+class BenchmarkRoofline(Directive):
+    """The committed benchmark rows of one architecture as a picture, inside the page."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Draw the JSON lines that have rates and ceilings."""
+        rows = [
+            Row.from_json(line)
+            for path in sorted((RESULTS / self.arguments[0]).glob("*.jsonl"))
+            for line in path.read_text().splitlines()
+            if '"ceiling_tflops"' in line
+        ]
+        if not rows:
+            return [nodes.paragraph(text="No results are committed for this architecture.")]
+        svg = io.BytesIO()
+        roofline.draw(rows).savefig(svg, format="svg", metadata={"Date": None})
+        uri = f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}"
+        alt = f"TFLOP/s over arithmetic intensity, {self.arguments[0]}, under measured ceilings"
+        return [nodes.image(uri=uri, alt=alt)]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the directives."""
     app.add_directive("layout-table", LayoutTable)
@@ -224,4 +250,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("models", Models)
     app.add_directive("bad-input", BadInput)
     app.add_directive("benchmark-results", BenchmarkResults)
+    app.add_directive("benchmark-roofline", BenchmarkRoofline)
     return {"parallel_read_safe": True}

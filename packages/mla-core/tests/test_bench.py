@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_core import bench, layouts
-from mla_core.bench import BenchCase, Prepared, Row, Settings, ceilings, contenders
+from mla_core.bench import BenchCase, Prepared, Row, Settings, ceilings, contenders, plot, roofline
 from mla_core.bench.rows import commit, read_rows, versions
 from mla_core.bench.timing import EventClock, GraphClock, HostClock, summarise
 from mla_core.bench.workload import DecodeWorkload, build_decode
@@ -199,6 +199,48 @@ def test_rows_survive_a_file(tmp_path: Path):
     assert list(json.loads(path.read_text().splitlines()[0])) == COLUMNS
     with pytest.raises(TypeError, match="colour"):
         Row.from_json(json.dumps({**dataclasses.asdict(event.row), "colour": 1}))
+
+
+def test_a_roofline_has_a_point_per_row_under_the_ceilings_of_its_run():
+    (event,) = bench.run([TINY], contenders.find(["reference"]), SMALL)
+    assert event.row is not None
+    row = dataclasses.replace(
+        event.row, bytes=10**6, flops=10**8, tflops=1.0, ceiling_gbps=100.0, ceiling_tflops=5.0
+    )
+    rows = [
+        row,
+        dataclasses.replace(row, backend="other", graph=True, tflops=2.0),
+        dataclasses.replace(row, case="decode/fp32/h128/q2/b2/s40/p16", flops=10**7, tflops=0.5),
+        dataclasses.replace(row, ceiling_gbps=50.0),
+    ]
+    first, second = roofline.draw(rows).axes
+    points = [
+        line for line in first.lines if line.get_linestyle() == "None" and len(line.get_xdata())
+    ]
+    xy = [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in points]
+    assert xy == [(100, 1), (100, 2), (10, 0.5)]
+    assert len({line.get_color() for line in points}) == 2
+    assert [line.get_marker() for line in points] == ["o", "o", "s"]
+    (roof,) = [line for line in first.lines if line.get_linestyle() == "-"]
+    # 100 GB/s meet 5 TFLOP/s at 50 flops per byte.
+    assert list(roof.get_xdata()) == pytest.approx([5, 50, 200])
+    assert list(roof.get_ydata()) == pytest.approx([0.5, 5, 5])
+    legend = [text.get_text() for text in first.get_legend().get_texts()]
+    assert legend == [
+        *("ceilings: 100 GB/s, 5 TFLOP/s", "reference", "other (graph)"),
+        *("fp32/h3/q1", "fp32/h128/q2"),
+    ]
+    assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
+    assert "ceilings: 50 GB/s, 5 TFLOP/s" in [t.get_text() for t in second.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("draw", [plot.draw, roofline.draw])
+def test_drawing_without_matplotlib_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, draw: Callable[[list[Row]], object]
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(BackendUnavailableError, match=r"must be installed .*mla-core\[plot\]"):
+        draw([])
 
 
 #: Kernels of a fake backend; ``{body}`` spoils the result or not.

@@ -227,6 +227,39 @@ def test_bench_writes_rows_and_a_plot(run: Run, tmp_path: Path):
     assert " 1.00 " in best[0]
 
 
+def test_bench_draws_stored_rows(run: Run, tmp_path: Path):
+    measured = ("--device", "cpu", "--samples", "2", "--contenders", "reference")
+    roofline = tmp_path / "roofline.png"
+    assert (
+        run("bench", CASE, *measured, "--out", str(tmp_path), "--roofline", str(roofline))[0] == 0
+    )
+    assert roofline.read_bytes().startswith(b"\x89PNG")
+    (path,) = (tmp_path / "cpu").glob("cases-*.jsonl")
+    before = path.read_bytes()
+    drawn = [tmp_path / "new" / name for name in ("plot.png", "roofline.png")]
+    status, out, err = run(
+        *("bench", "--plot", str(drawn[0]), "--roofline", str(drawn[1])),
+        *("--rows", str(path), str(path)),
+    )
+    assert (status, out, err) == (0, f"wrote {drawn[0]}\nwrote {drawn[1]}\n", "")
+    assert all(png.read_bytes().startswith(b"\x89PNG") for png in drawn)
+    assert path.read_bytes() == before
+
+
+def test_bench_refuses_rows_that_are_none(run: Run, tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    for text, reason in (("{}", "missing"), ("no json", "Expecting value"), (None, "No such file")):
+        if text is None:
+            path.unlink()
+        else:
+            path.write_text(text)
+        status, _, err = run("bench", "--roofline", str(tmp_path / "x.png"), "--rows", str(path))
+        assert status == 2
+        assert f"--rows must be results files of this command, got {path}: " in err
+        assert reason in err
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_bench_works_without_extras(run: Run, without_rich: None, tmp_path: Path):
     status, out, err = run(
         *("bench", CASE, "--device", "cpu", "--samples", "1", "--contenders", "reference"),
@@ -295,6 +328,9 @@ def test_bench_reads_sets_of_the_user(run: Run, tmp_path: Path):
         ((CASE, "--device", "cpu", "--graph"), "graph must be False on cpu"),
         ((CASE, "--device", "cpu", "--contenders", "moon"), "'moon' is not installed"),
         ((CASE, "--device", "cpu", "--samples", "0"), "min_samples must be in"),
+        ((CASE, "--plot", "x.png", "--rows", "x"), "give no cases and no --set with it"),
+        (("--set", "cpu", "--plot", "x.png", "--rows", "x"), "give no cases and no --set with it"),
+        (("--rows", "x"), "--rows must come with --plot or --roofline"),
     ],
 )
 def test_bench_refuses_bad_questions(run: Run, arguments: tuple[str, ...], message: str):

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mla_core.bench.cases import BenchCase, parse_case
 from mla_core.bench.rows import Row
 from mla_core.errors import BackendUnavailableError
 
-_MARKERS = "osD^vP*X"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MARKERS = "osD^vP*X"
 
 
-def plot(rows: Iterable[Row], path: Path) -> None:
-    """Write a PNG.
-
-    Each panel holds the rows that share op, dtypes, heads, query tokens, page size and extras.
-    Colour is the contender, marker the batch size; the grey line is the time at the ceiling.
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches.
 
     Raises
     ------
@@ -28,12 +29,37 @@ def plot(rows: Iterable[Row], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as exc:
         raise BackendUnavailableError(
-            'bench: --plot draws with matplotlib; pip install "mla-core[plot]"'
+            'bench: matplotlib must be installed to draw; pip install "mla-core[plot]"'
         ) from exc
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the path's suffix, in a folder made if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def contender_of(row: Row) -> str:
+    """Return the contender's name in a legend, which says whether calls were replayed."""
+    return row.backend + (" (graph)" if row.graph else "")
+
+
+def draw(rows: Iterable[Row]) -> Figure:
+    """Return a figure of time over context length.
+
+    Each panel holds the rows that share op, dtypes, heads, query tokens, page size and extras.
+    Colour is the contender, marker the batch size; the grey line is the time at the ceiling.
+
+    Raises
+    ------
+    BackendUnavailableError
+        matplotlib is not installed.
+    """
     panels = _panels(rows)
     columns = min(3, len(panels))
     lines = -(-len(panels) // max(columns, 1))
-    figure = Figure(figsize=(7.0 * max(columns, 1), 4.2 * max(lines, 1)), layout="constrained")
+    figure = new_figure(7.0 * max(columns, 1), 4.2 * max(lines, 1))
     colours: dict[str, str] = {}
     for number, (title, curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(lines, columns, number)
@@ -44,7 +70,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
                 contexts,
                 [row.median_us for _, row in points],
                 color=colour,
-                marker=_MARKERS[batch_index % len(_MARKERS)],
+                marker=MARKERS[batch_index % len(MARKERS)],
                 label=f"{contender}, batch {batch_size}",
             )
             floor = [row.share * row.median_us for _, row in points]
@@ -55,8 +81,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
         axes.set_xlabel("cached tokens per request")
         axes.set_ylabel("median time of a call, us (dotted: ceiling)")
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 _Curve = tuple[str, int, int]
@@ -70,7 +95,6 @@ def _panels(rows: Iterable[Row]) -> dict[str, dict[_Curve, list[tuple[BenchCase,
     for case, row in sorted(parsed, key=lambda pair: (pair[0].batch_size, pair[0].context)):
         parts = str(case).split("/")
         title = "/".join(part for part in parts if part[0] not in "bs" or not part[1:].isdigit())
-        contender = row.backend + (" (graph)" if row.graph else "")
-        curve = (contender, batches.index(case.batch_size), case.batch_size)
+        curve = (contender_of(row), batches.index(case.batch_size), case.batch_size)
         panels.setdefault(title, defaultdict(list))[curve].append((case, row))
     return panels

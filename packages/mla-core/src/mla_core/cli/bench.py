@@ -1,7 +1,8 @@
 """Measure contenders side by side: each is checked against the truth, and only then timed.
 
 Give case names, or a named set with --set. Eager times include planning and everything a decode
-step pays; with --graph, replays of a captured CUDA graph are timed as well.
+step pays; with --graph, replays of a captured CUDA graph are timed as well. --rows draws results
+that were measured before.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from typing import TextIO
 import torch
 
 from mla_core.arch import arch_of
-from mla_core.bench import BenchSet, Event, Settings, load_sets, parse_case
+from mla_core.bench import BenchSet, Event, Settings, load_sets, parse_case, plot, roofline
 from mla_core.bench import contenders as field
 from mla_core.bench import run as measure
-from mla_core.bench.plot import plot
-from mla_core.bench.rows import Row
+from mla_core.bench.rows import Row, read_rows
 from mla_core.cli.console import make_console, print_table
 from mla_core.errors import BackendUnavailableError, LayoutError
 
@@ -49,6 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write DIR/<arch>/<set>-<time>.jsonl")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw time over context length")
+    parser.add_argument(
+        "--roofline", type=Path, metavar="PNG", help="draw TFLOP/s over flops per byte"
+    )
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="draw these results files, and measure nothing",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -56,6 +68,9 @@ def run(options: argparse.Namespace) -> int:
     sets = load_sets() | (load_sets(options.sets_file) if options.sets_file else {})
     if options.list:
         return _list(sets)
+    if options.rows:
+        _draw(_stored_rows(options), options)
+        return 0
     label, chosen = _chosen(options, sets)
     settings = Settings(
         device=_device(options.device),
@@ -80,11 +95,33 @@ def run(options: argparse.Namespace) -> int:
                 file.flush()
     rows = [event.row for event in events if event.row is not None]
     _report(events)
-    if options.plot is not None:
-        plot(rows, options.plot)
-        print(f"wrote {options.plot}")
+    _draw(rows, options)
     is_clean = not {"wrong", "failed"} & {event.outcome for event in events}
     return 0 if rows and is_clean else 1
+
+
+def _stored_rows(options: argparse.Namespace) -> list[Row]:
+    if options.cases or options.sets:
+        raise LayoutError("bench: --rows measures nothing: give no cases and no --set with it")
+    if options.plot is None and options.roofline is None:
+        raise LayoutError("bench: --rows must come with --plot or --roofline")
+    rows = []
+    for path in options.rows:
+        try:
+            rows += read_rows(path)
+        except (OSError, ValueError, TypeError) as exc:
+            raise LayoutError(
+                f"bench: --rows must be results files of this command, got {path}: {exc}"
+            ) from exc
+    return rows
+
+
+def _draw(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Write the pictures that were asked for."""
+    for draw, path in ((plot.draw, options.plot), (roofline.draw, options.roofline)):
+        if path is not None:
+            plot.save(draw(rows), path)
+            print(f"wrote {path}")
 
 
 def _chosen(options: argparse.Namespace, sets: dict[str, BenchSet]) -> tuple[str, BenchSet]:
