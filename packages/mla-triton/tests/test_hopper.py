@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mla_core.batch import PagedKV
+from mla_core.cache import LatentCache
 from mla_core.dims import MLADims
 from mla_core.plan import AttentionOptions, PlanRequest
 from mla_core.problem import Problem
@@ -71,7 +73,7 @@ def test_wishes_are_followed():
     schedule = hopper.make_schedule(request_of(16, 4, 9000, splits=5), SMS)
     assert schedule.num_kv_splits == 5
     assert schedule.config["num_workers"] == 20
-    assert schedule.workspace["partial_out"] == ((40, 1, 16, 512), torch.float32)
+    assert schedule.workspace["partial_out"] == ((20, 1, 16, 512), torch.float32)
 
 
 def test_an_invariant_plan_does_not_look_at_the_batch():
@@ -99,15 +101,44 @@ def test_what_the_kernels_take(changes, takes):
     assert (not HOPPER.why_not(request_of(16, 1, 64, **changes).problem)) == takes
 
 
-def test_alignment():
-    from mla_core.batch import PagedKV
-    from mla_core.cache import LatentCache
-
-    cache = LatentCache.allocate("bf16", MLADims(2), 2, 64)
+def cache_of(num_pages, page_stride=64 * 576):
+    buffer = torch.empty(num_pages, page_stride, dtype=torch.bfloat16)[:, : 64 * 576]
+    cache = LatentCache.bind("bf16", MLADims(2), 64, buffer)
     index = torch.zeros(2, dtype=torch.int32)
-    kv = PagedKV(cache, index, index[:1], index[:1])
-    q = torch.zeros(1, 2, 580, dtype=torch.bfloat16)
-    assert not hopper.is_aligned(q[..., :512], q[..., 512:576], kv)
-    q = torch.zeros(1, 2, 584, dtype=torch.bfloat16)
-    assert hopper.is_aligned(q[..., :512], q[..., 512:576], kv)
-    assert not hopper.is_aligned(q[..., 1:513], q[..., 512:576], kv)
+    return PagedKV(cache, index, index[:1], index[:1])
+
+
+@pytest.mark.parametrize(
+    ("width", "start", "takes"), [(576, 0, True), (592, 0, True), (584, 0, False), (592, 1, False)]
+)
+def test_rows_of_queries_must_start_evenly(width, start, takes):
+    q = torch.zeros(3, 2, width, dtype=torch.bfloat16)
+    assert hopper.is_aligned(q[..., start : start + 512], q[..., 512:576], cache_of(2)) == takes
+
+
+@pytest.mark.parametrize("extra", [0, 8, 16])
+def test_pages_must_start_evenly(extra):
+    q = torch.zeros(1, 2, 576, dtype=torch.bfloat16)
+    kv = cache_of(2, 64 * 576 + extra)
+    assert hopper.is_aligned(q[..., :512], q[..., 512:], kv) == (extra % 16 == 0)
+
+
+def test_the_stride_of_a_single_row_does_not_matter():
+    q = torch.zeros(1, 1, 576, dtype=torch.bfloat16).as_strided((1, 1, 576), (7, 3, 1))
+    assert hopper.is_aligned(q[..., :512], q[..., 512:], cache_of(1))
+
+
+def test_a_cache_without_pages_has_no_descriptors():
+    cache = cache_of(0).cache
+    assert hopper._descriptors(cache.field("kv_c"), cache.field("k_pe")) == (None, None, 0)
+
+
+def test_what_cannot_be_cut_has_no_partials():
+    schedule = hopper.make_schedule(request_of(128, 1, 4096, q_len=4096), SMS)
+    assert set(schedule.workspace) == {"note"}
+
+
+def test_many_blocks_of_rows_fill_the_device_with_requests():
+    config = hopper.make_schedule(request_of(128, 64, 4096, q_len=67), SMS).config
+    assert config["max_runs"] == 1
+    assert config["row_blocks"] == 134

@@ -187,7 +187,7 @@ def decode(
         )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _unaligned(request: PlanRequest) -> Schedule:
     """Return the portable kernel's schedule that needs no workspace.
 

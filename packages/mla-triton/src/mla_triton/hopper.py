@@ -54,7 +54,12 @@ class Shares:
     @property
     def has_merge(self) -> bool:
         """Whether a request may be cut."""
-        return self.runs != 1
+        return self.runs != 1 and self.num_workers > 1
+
+    @property
+    def num_slots(self) -> int:
+        """Partials that the workers may leave: one of a run, two of a span."""
+        return self.num_workers * (1 if self.runs else 2)
 
 
 def make_schedule(
@@ -71,7 +76,7 @@ def make_schedule(
     notes = request.batch_size if shares.runs else shares.num_workers
     workspace: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"note": ((notes, 4), torch.int32)}
     if shares.has_merge:
-        rows = (2 * shares.num_workers, row_blocks, tile_rows)
+        rows = (shares.num_slots, row_blocks, tile_rows)
         workspace["partial_out"] = ((*rows, dims.kv_lora_rank), torch.float32)
         workspace["partial_lse"] = (rows, torch.float32)
     return Schedule(
@@ -119,14 +124,11 @@ def deal(
     tokens = request.total_pages * request.problem.page_size
     mean = max(1.0, min(tokens / batch_size / TILE, longest))
     partial_tiles = row_blocks * tile_rows * request.problem.dims.kv_lora_rank * 8 / _TILE_BYTES
-    line = (
-        math.ceil((mean + _LINE_START) * batch_size / groups)
-        + _START
-        + _MERGE
-        + partial_tiles * (groups + min(groups, batch_size))
-    )
+    waves = -(-groups * row_blocks // multiprocessors)
+    line = waves * (math.ceil((mean + _LINE_START) * batch_size / groups) + _START)
+    line += _MERGE + partial_tiles * (groups + min(groups, batch_size))
     because = f"{batch_size} x {row_blocks} programs on {multiprocessors} multiprocessors"
-    if longest > RAGGED * mean:
+    if groups > 1 and longest > RAGGED * mean:
         return Shares(groups, 0), f"{because}, ragged"
 
     def even(runs: int) -> float:
@@ -141,13 +143,22 @@ def deal(
 
 
 def is_aligned(ql_nope: torch.Tensor, q_pe: torch.Tensor, kv: PagedKV) -> bool:
-    """Whether every row starts at a multiple of 16 bytes, which asynchronous copies need."""
+    """Whether rows start at multiples of 16 bytes and the compiler can tell.
+
+    Asynchronous copies move 16 bytes. Of a stride, Triton learns whether it is a multiple of 16
+    elements and nothing else.
+    """
     parts = (ql_nope, q_pe, kv.cache.field("kv_c"), kv.cache.field("k_pe"))
     return all(
-        part.data_ptr() % 16 == 0
-        and all(stride * part.element_size() % 16 == 0 for stride in part.stride()[:2])
+        part.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in _row_strides(part))
         for part in parts
     )
+
+
+def _row_strides(part: torch.Tensor) -> tuple[int, int]:
+    """Return the strides of the first two dimensions; 0 for one of size 1, where any is legal."""
+    sizes, strides = part.shape, part.stride()
+    return strides[0] if sizes[0] > 1 else 0, strides[1] if sizes[1] > 1 else 0
 
 
 def decode(
@@ -221,10 +232,10 @@ def decode(
         config["min_tiles"],
         *out.stride()[:2],
         *lse_strides,
-        *ql_nope.stride()[:2],
-        *q_pe.stride()[:2],
-        *kv_c.stride()[:2],
-        *k_pe.stride()[:2],
+        *_row_strides(ql_nope),
+        *_row_strides(q_pe),
+        *_row_strides(kv_c),
+        *_row_strides(k_pe),
         M=tile_rows,
         D=rank,
         R=rope,
@@ -257,6 +268,7 @@ def decode(
             M=tile_rows,
             ROWS=rows,
             UNROLL=unroll,
+            EVEN=config["max_runs"] > 0,
             HAS_LSE=lse is not None,
             HAS_SINK=sink is not None,
             num_warps=warps,
@@ -304,6 +316,8 @@ def _descriptors(kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[object, object
     TMA copies a tile out of one page, so pages hold whole tiles and lie whole rows apart.
     """
     num_pages, page_size, rank = kv_c.shape
+    if not num_pages:
+        return None, None, 0
     for part in (kv_c, k_pe):
         page_stride, token_stride = part.stride()[:2]
         if page_size % TILE or (num_pages > 1 and page_stride % token_stride):
@@ -322,7 +336,7 @@ def _descriptors(kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[object, object
     )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _descriptor(
     pointer: int, dtype: torch.dtype, num_rows: int, width: int, stride: int, block: int
 ) -> object:

@@ -42,8 +42,8 @@ from mla_triton.kernels.hopper.wide import allocate_exchange, left_partition, ri
 def hopper_decode_kernel(
     out_ptr,  # [total_q, num_heads, D]
     lse_ptr,  # [total_q, num_heads] f32, natural log; unused without HAS_LSE
-    partial_out_ptr,  # [2 * num_workers, row_blocks, M, D] f32
-    partial_lse_ptr,  # [2 * num_workers, row_blocks, M] f32
+    partial_out_ptr,  # [slots, row_blocks, M, D] f32
+    partial_lse_ptr,  # [slots, row_blocks, M] f32
     note_ptr,  # [notes, 4] i32, see merge
     ql_nope_ptr,  # [total_q, num_heads, D]
     q_pe_ptr,  # [total_q, num_heads, R]
@@ -162,6 +162,7 @@ def hopper_decode_kernel(
         lse_stride_h,
         row_blocks,
         D,
+        EVEN,
         HAS_LSE,
         HAS_SINK,
     )

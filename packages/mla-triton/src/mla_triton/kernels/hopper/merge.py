@@ -16,6 +16,15 @@ _LANES = gl.constexpr(32)
 
 
 @gluon.jit
+def _slot(first_worker, piece, EVEN: gl.constexpr):
+    """Return the slot of a piece; of spans, only the first piece begins its request."""
+    if EVEN:
+        return first_worker + piece
+    else:
+        return (first_worker + piece) * 2 + (piece == 0).to(gl.int32)
+
+
+@gluon.jit
 def _spread(x, times: gl.constexpr, layout: gl.constexpr):
     """Repeat each element of a vector."""
     ROWS: gl.constexpr = x.shape[0]
@@ -44,6 +53,7 @@ def merge_kernel(
     M: gl.constexpr,
     ROWS: gl.constexpr,  # rows of a program; a divisor of M
     UNROLL: gl.constexpr,  # pieces in flight
+    EVEN: gl.constexpr,
     HAS_LSE: gl.constexpr,
     HAS_SINK: gl.constexpr,
 ):
@@ -69,7 +79,7 @@ def merge_kernel(
         denom = gl.where(m == float("-inf"), 0.0, 1.0)
     for start in range(0, num_pieces, _LANES):
         piece = start + gl.arange(0, _LANES, layout=gl.SliceLayout(0, flat))
-        slot = (first_worker + piece) * 2 + (piece == 0).to(gl.int32)
+        slot = _slot(first_worker, piece, EVEN)
         at = (slot * row_blocks).to(gl.int64)[None, :] * M + local[:, None]
         piece_lse = gl.load(
             partial_lse_ptr + at, mask=(piece < num_pieces)[None, :], other=float("-inf")
@@ -101,7 +111,7 @@ def merge_kernel(
     acc = gl.zeros([ROWS, D], gl.float32, layout)
     for start in range(0, num_pieces, UNROLL):
         nth_piece = start + nth % UNROLL
-        slot_ = (first_worker + nth_piece) * 2 + (nth_piece == 0).to(gl.int32)
+        slot_ = _slot(first_worker, nth_piece, EVEN)
         row_at = (slot_ * row_blocks).to(gl.int64) * M + row
         is_piece = nth_piece < num_pieces
         # Not masked by the log-sum-exp: one load would wait for the other.

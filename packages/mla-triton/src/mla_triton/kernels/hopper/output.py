@@ -10,8 +10,9 @@ from mla_triton.kernels.hopper._gluon import aggregate
 class Output:
     """The result and the partials of a call.
 
-    A span leaves at most two partials: the end of a request begun before it, then the beginning of
-    one that goes on after it. They are the slots ``2 * span`` and ``2 * span + 1``.
+    A run leaves one partial, in the slot of its worker. A span leaves at most two, the end of a
+    request begun before it and the beginning of one that goes on after it: the slots ``2 * worker``
+    and ``2 * worker + 1``.
     """
 
     out_ptr: gl.tensor  # [total_q, num_heads, D]
@@ -27,6 +28,7 @@ class Output:
     lse_stride_h: gl.tensor
     row_blocks: gl.tensor
     D: gl.constexpr
+    EVEN: gl.constexpr
     HAS_LSE: gl.constexpr
     HAS_SINK: gl.constexpr
 
@@ -46,6 +48,7 @@ class Output:
         lse_stride_h,
         row_blocks,
         D,
+        EVEN,
         HAS_LSE,
         HAS_SINK,
     ):
@@ -62,13 +65,16 @@ class Output:
         self.lse_stride_h = lse_stride_h
         self.row_blocks = row_blocks
         self.D = gl.constexpr(D)
+        self.EVEN = gl.constexpr(EVEN)
         self.HAS_LSE = gl.constexpr(HAS_LSE)
         self.HAS_SINK = gl.constexpr(HAS_SINK)
 
     @gluon.jit
-    def partial_row(self, span, is_begin, block, M: gl.constexpr):
+    def partial_row(self, worker, is_begin, block, M: gl.constexpr):
         """Return the first row of a partial, counted over all slots."""
-        slot = span * 2 + is_begin.to(gl.int32)
+        slot = worker
+        if not self.EVEN:
+            slot = worker * 2 + is_begin.to(gl.int32)
         return (slot * self.row_blocks + block).to(gl.int64) * M
 
     @gluon.jit

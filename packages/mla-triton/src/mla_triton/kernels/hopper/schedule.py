@@ -153,7 +153,8 @@ class Work:
     """The work of one worker: it begins in ``request`` and covers [place, finish) of the line.
 
     ``begin`` is the place where the request begins. A span is what a worker covers. With EVEN the
-    line is that of one request, and ```runs`` is how many workers may share it.
+    line is that of one request, and ``extra`` is how many workers may share it; otherwise ``extra``
+    says whether each worker takes one whole request.
     """
 
     request: gl.tensor

@@ -157,7 +157,7 @@ def left_partition(
             denom = gl.zeros([M], gl.float32, s_rows)
             acc = gl.zeros([M, HALF], gl.float32, o_layout)
             if item.first < item.last:
-                # The right warp group may still read its half of the item.last output from there.
+                # The right warp group may still read its half of the last output from there.
                 mbarrier.wait(exchange.free, (handed & 1) ^ 1)
                 load_rows(
                     rows, item.q_begin, item.q_len, block * M, M, output.D, rows.rope.shape[1]
@@ -187,7 +187,7 @@ def left_partition(
                     acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
                     value = tiles.a.index(count % tiles.STAGES_A)
                     acc = warpgroup_mma(gl.convert_layout(p, p_layout), value, acc, is_async=True)
-                    # The next tile may be long in coming: item.first let the one after it in.
+                    # The next tile may be long in coming: first let the one after it in.
                     acc = warpgroup_mma_wait(0, deps=[acc])
                     tiles.release_a(count)
                     s = _issue_scores(rows, tiles, count + 1, s_layout)
