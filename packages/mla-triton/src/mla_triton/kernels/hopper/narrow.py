@@ -19,7 +19,7 @@ from mla_triton.kernels.hopper.load import (
     TILE,
     load_rows,
 )
-from mla_triton.kernels.hopper.schedule import deal, next_item
+from mla_triton.kernels.hopper.schedule import deal, next_item, view_of
 from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, scale_scores
 
 
@@ -51,30 +51,14 @@ def narrow_partition(
     request = work.request
     begin = work.begin
     place = work.place
-    if not shares.EVEN:
-        output.note(worker, block, 0, 0, 0, 0)
+    output.clear_note(worker, block)
     while (place < work.finish) & (request < batch.batch_size):
         item = next_item(batch, work, request, begin, place)
-        if item.is_item & item.is_end & (shares.EVEN | (not item.is_begin)):
-            first_worker = work.first_worker(worker)
-            output.note(
-                work.note(worker),
-                block,
-                first_worker,
-                worker - first_worker + 1,
-                item.q_begin,
-                item.q_len,
-            )
+        output.note_end(work, item, worker, block)
         if item.is_item & (block * M < item.q_len * output.num_heads):
             q_idx = row // output.num_heads
             is_row = q_idx < item.q_len
-            limit = batch.limit(q_idx, item.q_len, item.kv_len, item.global_len)
-            first_limit = batch.limit(item.q_len * 0, item.q_len, item.kv_len, item.global_len)
-            lowest = q_idx * 0
-            last_lowest = item.q_len * 0
-            if batch.HAS_WINDOW:
-                lowest = batch.lowest(q_idx, item.q_len, item.global_len)
-                last_lowest = batch.lowest(item.q_len - 1, item.q_len, item.global_len)
+            view = view_of(batch, item, q_idx)
             m = gl.full([M], float("-inf"), gl.float32, columns)
             # Summed over tokens at the end: one reduction across warps instead of one a tile.
             weights = gl.zeros([TILE, M], gl.float32, layout)
@@ -100,9 +84,15 @@ def narrow_partition(
                 s = warpgroup_mma(tiles.b.index(b), query, s, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
                 s = scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP) + bias[:, None]
-                if (start + TILE > first_limit) | (start < last_lowest):
+                if view.hides(start, TILE):
                     token = start + gl.arange(0, TILE, layout=tokens)
-                    s = hide(s, token[:, None], limit[None, :], lowest[None, :], batch.HAS_WINDOW)
+                    s = hide(
+                        s,
+                        token[:, None],
+                        view.limit[None, :],
+                        view.lowest[None, :],
+                        view.HAS_WINDOW,
+                    )
                 m_new = gl.maximum(m, gl.max(s, 0))
                 m_safe = finite_or_zero(m_new)
                 p = gl.exp2(s - m_safe[None, :])

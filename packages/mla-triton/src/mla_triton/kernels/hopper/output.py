@@ -96,14 +96,21 @@ class Output:
             gl.store(self.partial_lse_ptr + partial_row + local, lse)
 
     @gluon.jit
-    def note(self, place, block, first_worker, num_pieces, q_begin, q_len):
-        """Note for the merge who holds the pieces of a request; one piece needs no merge."""
-        if block == 0:
-            note = self.note_ptr + place * 4
+    def clear_note(self, worker, block):
+        """Say that this worker ends no request which others began, unless `note_end` follows."""
+        if (not self.EVEN) & (block == 0):
+            gl.store(self.note_ptr + worker * 4 + 1, 0)
+
+    @gluon.jit
+    def note_end(self, work, item, worker, block):
+        """Note for the merge who holds the pieces of a request that ends here."""
+        if (block == 0) & item.is_item & item.is_end & (self.EVEN | (not item.is_begin)):
+            note = self.note_ptr + work.note(worker) * 4
+            first_worker = work.first_worker(worker)
             gl.store(note, first_worker)
-            gl.store(note + 1, num_pieces)
-            gl.store(note + 2, q_begin)
-            gl.store(note + 3, q_len)
+            gl.store(note + 1, worker - first_worker + 1)
+            gl.store(note + 2, item.q_begin)
+            gl.store(note + 3, item.q_len)
 
     @gluon.jit
     def store(self, acc, staging, column, first_row, q_begin, q_len, is_whole, partial_row):

@@ -135,6 +135,47 @@ class Shares:
         self.EVEN = gl.constexpr(EVEN)
 
 
+@aggregate
+class View:
+    """Which keys of a request its query rows see: [lowest, limit), row by row."""
+
+    limit: gl.tensor
+    lowest: gl.tensor
+    first_limit: gl.tensor  # of the first query token: every row sees the keys before it
+    last_lowest: gl.tensor  # of the last query token: every row sees the keys from it on
+    HAS_WINDOW: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, limit, lowest, first_limit, last_lowest, HAS_WINDOW):
+        self.limit = limit
+        self.lowest = lowest
+        self.first_limit = first_limit
+        self.last_lowest = last_lowest
+        self.HAS_WINDOW = gl.constexpr(HAS_WINDOW)
+
+    @gluon.jit
+    def hides(self, start, TILE: gl.constexpr):
+        """Return whether some row does not see all of a tile."""
+        return (start + TILE > self.first_limit) | (start < self.last_lowest)
+
+
+@gluon.jit
+def view_of(batch, item, q_idx):
+    """Return what rows of the query tokens ``q_idx`` see."""
+    lowest = q_idx * 0
+    last_lowest = item.q_len * 0
+    if batch.HAS_WINDOW:
+        lowest = batch.lowest(q_idx, item.q_len, item.global_len)
+        last_lowest = batch.lowest(item.q_len - 1, item.q_len, item.global_len)
+    return View(
+        batch.limit(q_idx, item.q_len, item.kv_len, item.global_len),
+        lowest,
+        batch.limit(item.q_len * 0, item.q_len, item.kv_len, item.global_len),
+        last_lowest,
+        batch.HAS_WINDOW,
+    )
+
+
 @gluon.jit
 def _add(a, b):
     return a + b

@@ -21,7 +21,7 @@ from mla_triton.kernels.hopper.load import (
     TILE,
     load_rows,
 )
-from mla_triton.kernels.hopper.schedule import deal, next_item
+from mla_triton.kernels.hopper.schedule import deal, next_item, view_of
 from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, scale_scores
 
 #: Rows of a program.
@@ -61,45 +61,6 @@ def _issue_scores(rows, tiles, count, s_layout: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(
-    s,
-    m,
-    denom,
-    start,
-    limit,
-    lowest,
-    first_limit,
-    last_lowest,
-    bias,
-    sm_scale_log2,
-    softcap,
-    HAS_SOFTCAP: gl.constexpr,
-    HAS_WINDOW: gl.constexpr,
-    s_layout: gl.constexpr,
-):
-    """Return probabilities, the factor of what was summed before, and the new row statistics."""
-    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
-    s = scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP) + bias.load(columns)[None, :]
-    if (start + TILE > first_limit) | (start < last_lowest):
-        token = start + gl.arange(0, TILE, layout=columns)
-        s = hide(s, token[None, :], limit[:, None], lowest[:, None], HAS_WINDOW)
-    m_new = gl.maximum(m, gl.max(s, 1))
-    m_safe = finite_or_zero(m_new)
-    p = gl.exp2(s - m_safe[:, None])
-    alpha = gl.exp2(m - m_safe)
-    return p, alpha, m_new, denom * alpha + gl.sum(p, 1)
-
-
-@gluon.jit
-def _hand_over(p, factor, exchange, count):
-    """Give probabilities and factors to the right warp group; the caller signals it."""
-    mbarrier.wait(exchange.free, (count & 1) ^ 1)
-    exchange.p.store(p)
-    exchange.factor.store(factor)
-    fence_async_shared()
-
-
-@gluon.jit
 def left_partition(
     batch,
     shares,
@@ -119,6 +80,7 @@ def left_partition(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    s_columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = rows.nope.dtype
     local = gl.arange(0, M, layout=s_rows)
@@ -129,30 +91,14 @@ def left_partition(
     request = work.request
     begin = work.begin
     place = work.place
-    if not shares.EVEN:
-        output.note(worker, block, 0, 0, 0, 0)
+    output.clear_note(worker, block)
     while (place < work.finish) & (request < batch.batch_size):
         item = next_item(batch, work, request, begin, place)
-        if item.is_item & item.is_end & (shares.EVEN | (not item.is_begin)):
-            first_worker = work.first_worker(worker)
-            output.note(
-                work.note(worker),
-                block,
-                first_worker,
-                worker - first_worker + 1,
-                item.q_begin,
-                item.q_len,
-            )
+        output.note_end(work, item, worker, block)
         if item.is_item & (block * M < item.q_len * output.num_heads):
             q_idx = row // output.num_heads
             is_row = q_idx < item.q_len
-            limit = batch.limit(q_idx, item.q_len, item.kv_len, item.global_len)
-            first_limit = batch.limit(item.q_len * 0, item.q_len, item.kv_len, item.global_len)
-            lowest = q_idx * 0
-            last_lowest = item.q_len * 0
-            if batch.HAS_WINDOW:
-                lowest = batch.lowest(q_idx, item.q_len, item.global_len)
-                last_lowest = batch.lowest(item.q_len - 1, item.q_len, item.global_len)
+            view = view_of(batch, item, q_idx)
             m = gl.full([M], float("-inf"), gl.float32, s_rows)
             denom = gl.zeros([M], gl.float32, s_rows)
             acc = gl.zeros([M, HALF], gl.float32, o_layout)
@@ -162,60 +108,36 @@ def left_partition(
                 load_rows(
                     rows, item.q_begin, item.q_len, block * M, M, output.D, rows.rope.shape[1]
                 )
+            for tile in range(item.first, item.last):
                 s = _issue_scores(rows, tiles, count, s_layout)
                 s = warpgroup_mma_wait(0, deps=[s])
-                for tile in range(item.first, item.last - 1):
-                    p, alpha, m, denom = _softmax(
+                s = scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP)
+                s += tiles.bias.index(count % tiles.STAGES_A).load(s_columns)[None, :]
+                if view.hides(tile * TILE, TILE):
+                    token = tile * TILE + gl.arange(0, TILE, layout=s_columns)
+                    s = hide(
                         s,
-                        m,
-                        denom,
-                        tile * TILE,
-                        limit,
-                        lowest,
-                        first_limit,
-                        last_lowest,
-                        tiles.bias.index(count % tiles.STAGES_A),
-                        sm_scale_log2,
-                        softcap,
-                        HAS_SOFTCAP,
-                        batch.HAS_WINDOW,
-                        s_layout,
+                        token[None, :],
+                        view.limit[:, None],
+                        view.lowest[:, None],
+                        view.HAS_WINDOW,
                     )
-                    p = p.to(dtype)
-                    _hand_over(p, alpha, exchange, handed)
-                    mbarrier.arrive(exchange.ready, count=1)
-                    acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
-                    value = tiles.a.index(count % tiles.STAGES_A)
-                    acc = warpgroup_mma(gl.convert_layout(p, p_layout), value, acc, is_async=True)
-                    # The next tile may be long in coming: first let the one after it in.
-                    acc = warpgroup_mma_wait(0, deps=[acc])
-                    tiles.release_a(count)
-                    s = _issue_scores(rows, tiles, count + 1, s_layout)
-                    s = warpgroup_mma_wait(0, deps=[s])
-                    count += 1
-                    handed += 1
-                p, alpha, m, denom = _softmax(
-                    s,
-                    m,
-                    denom,
-                    (item.last - 1) * TILE,
-                    limit,
-                    lowest,
-                    first_limit,
-                    last_lowest,
-                    tiles.bias.index(count % tiles.STAGES_A),
-                    sm_scale_log2,
-                    softcap,
-                    HAS_SOFTCAP,
-                    batch.HAS_WINDOW,
-                    s_layout,
-                )
+                m_new = gl.maximum(m, gl.max(s, 1))
+                m_safe = finite_or_zero(m_new)
+                p = gl.exp2(s - m_safe[:, None])
+                alpha = gl.exp2(m - m_safe)
+                denom = denom * alpha + gl.sum(p, 1)
+                m = m_new
                 p = p.to(dtype)
-                _hand_over(p, alpha, exchange, handed)
+                mbarrier.wait(exchange.free, (handed & 1) ^ 1)
+                exchange.p.store(p)
+                exchange.factor.store(alpha)
+                fence_async_shared()
                 mbarrier.arrive(exchange.ready, count=1)
                 acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
                 value = tiles.a.index(count % tiles.STAGES_A)
                 acc = warpgroup_mma(gl.convert_layout(p, p_layout), value, acc, is_async=True)
+                # The next tile may be long in coming: first let the one after it in.
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 tiles.release_a(count)
                 count += 1
