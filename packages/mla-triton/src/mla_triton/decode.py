@@ -135,18 +135,18 @@ def decode(
         )
         return
     if plan.schedule.kernel.startswith("hopper"):
-        if hopper.is_aligned(ql_nope, q_pe, kv):
-            hopper.decode(
-                ql_nope,
-                q_pe,
-                kv,
-                plan,
-                sm_scale=sm_scale,
-                out=out,
-                lse=lse,
-                sink=sink,
-                global_kv_lens=global_kv_lens,
-            )
+        is_done = hopper.decode(
+            ql_nope,
+            q_pe,
+            kv,
+            plan,
+            sm_scale=sm_scale,
+            out=out,
+            lse=lse,
+            sink=sink,
+            global_kv_lens=global_kv_lens,
+        )
+        if is_done:
             return
         plan = replace(plan, schedule=_unaligned(plan.request))
     num_splits = plan.num_kv_splits

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,6 +28,8 @@ RAGGED = 1.25
 #: Runs of a ``batch_invariant`` plan, and the shortest run in tiles: the same for every batch.
 INVARIANT_RUNS = 16
 INVARIANT_TILES = 4
+
+_LOG2_E = math.log2(math.e)
 
 # What things cost, in tiles (2 us); fitted to an H200.
 _START = 2.5
@@ -172,34 +176,53 @@ def decode(
     lse: torch.Tensor | None,
     sink: torch.Tensor | None = None,
     global_kv_lens: torch.Tensor | None = None,
-) -> None:
+) -> bool:
     """Write ``out`` and ``lse`` for every query token; see `mla_core.decode`.
+
+    Returns
+    -------
+    bool
+        Whether it did: not if rows are not aligned, see `is_aligned`.
 
     Notes
     -----
     Reads every length on the device: no sync and no allocation, so a captured graph replays with
     other lengths. Query rows past ``qo_indptr[-1]`` are left as they are.
     """
-    from mla_triton.kernels.hopper.decode import hopper_decode_kernel
-    from mla_triton.kernels.hopper.merge import merge_kernel
-
-    request, options = plan.request, plan.options
-    config = plan.schedule.config
-    rank, rope = plan.dims.kv_lora_rank, plan.dims.qk_rope_head_dim
-    if not request.batch_size or not request.max_seqlen_q or not out.numel():
-        return
     kv_c, k_pe = kv.cache.field("kv_c"), kv.cache.field("k_pe")
-    kv_c_desc, k_pe_desc, page_rows = _descriptors(kv_c, k_pe)
-    note = plan.workspace["note"]
+    key = (
+        "hopper",
+        kv_c.data_ptr(),
+        k_pe.data_ptr(),
+        kv_c.shape,
+        kv_c.stride(),
+        k_pe.stride(),
+        ql_nope.data_ptr() % 16,
+        q_pe.data_ptr() % 16,
+        ql_nope.stride(),
+        q_pe.stride(),
+        out.shape,
+        out.stride(),
+        None if lse is None else lse.stride(),
+    )
+    if key not in plan.memo:
+        plan.memo[key] = _prepare(ql_nope, q_pe, kv, plan, out, lse)
+    call = plan.memo[key]
+    if call is None:
+        return False
+    assert isinstance(call, _Call)
+    if not call.num_programs:
+        return True
+    workspace = plan.workspace
+    note = workspace["note"]
     # Without a merge nothing is written there.
-    partial_out = plan.workspace.get("partial_out", note)
-    partial_lse = plan.workspace.get("partial_lse", note)
+    partial_out = workspace.get("partial_out", note)
+    partial_lse = workspace.get("partial_lse", note)
     lse_or_unused = note if lse is None else lse
-    lse_strides = (0, 0) if lse is None else lse.stride()
-    tile_rows = config["M"]
+    sink_or_unused = note if sink is None else sink
     launch(
-        hopper_decode_kernel,
-        (config["num_workers"] * config["row_blocks"],),
+        call.kernel,
+        (call.num_programs,),
         out,
         lse_or_unused,
         partial_out,
@@ -209,71 +232,120 @@ def decode(
         q_pe,
         kv_c,
         k_pe,
-        kv_c_desc,
-        k_pe_desc,
+        *call.descriptors,
         plan.qo_indptr,
         kv.kv_indptr,
         kv.kv_page_indices,
         kv.kv_last_page_len,
         kv.kv_indptr if global_kv_lens is None else global_kv_lens,
-        note if sink is None else sink,
-        sm_scale * math.log2(math.e),
-        options.softcap,
-        options.window or 0,
-        options.cp_world_size,
-        options.cp_rank,
-        request.batch_size,
-        plan.dims.num_heads,
-        kv.cache.num_pages,
-        page_rows,
-        config["row_blocks"],
-        config["num_workers"],
-        config["max_runs"],
-        config["min_tiles"],
-        *out.stride()[:2],
-        *lse_strides,
-        *_row_strides(ql_nope),
-        *_row_strides(q_pe),
-        *_row_strides(kv_c),
-        *_row_strides(k_pe),
-        M=tile_rows,
-        D=rank,
-        R=rope,
-        PAGE_SIZE=kv.page_size,
-        EVEN=config["max_runs"] > 0,
-        IS_CAUSAL=options.causal,
-        IS_CP=options.cp_world_size > 1,
-        HAS_LSE=lse is not None,
-        HAS_SINK=sink is not None,
-        HAS_SOFTCAP=options.softcap > 0,
-        HAS_WINDOW=options.window is not None,
-        **_launch(tile_rows, rank),
+        sink_or_unused,
+        sm_scale * _LOG2_E,
+        *call.numbers,
+        **call.constants,
     )
-    if "partial_out" in plan.workspace:
-        rows, unroll, warps = _merge_launch(config["max_runs"])
+    if call.merge_grid:
         launch(
-            merge_kernel,
-            (config["row_blocks"] * tile_rows // rows, note.shape[0]),
+            call.merge_kernel,
+            call.merge_grid,
             out,
             lse_or_unused,
             partial_out,
             partial_lse,
             note,
-            note if sink is None else sink,
-            plan.dims.num_heads,
-            config["row_blocks"],
-            *out.stride()[:2],
-            *lse_strides,
-            D=rank,
-            M=tile_rows,
-            ROWS=rows,
-            UNROLL=unroll,
-            EVEN=config["max_runs"] > 0,
-            HAS_LSE=lse is not None,
-            HAS_SINK=sink is not None,
-            num_warps=warps,
-            launch_pdl=True,
+            sink_or_unused,
+            *call.merge_numbers,
+            **call.merge_constants,
         )
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What calls of a plan with like tensors pass besides those tensors; worked out once."""
+
+    kernel: Any
+    num_programs: int
+    descriptors: tuple[object, object]
+    numbers: tuple[float, ...]
+    constants: Mapping[str, int]
+    merge_kernel: Any
+    merge_grid: tuple[int, ...]
+    merge_numbers: tuple[int, ...]
+    merge_constants: Mapping[str, int]
+
+
+def _prepare(
+    ql_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv: PagedKV,
+    plan: DecodePlan,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> _Call | None:
+    """Return what a call passes, or None where rows are not aligned."""
+    # Imported at the first call: Triton costs a second and may be absent.
+    from mla_triton.kernels.hopper.decode import hopper_decode_kernel
+    from mla_triton.kernels.hopper.merge import merge_kernel
+
+    if not is_aligned(ql_nope, q_pe, kv):
+        return None
+    request, options, config = plan.request, plan.options, plan.schedule.config
+    kv_c, k_pe = kv.cache.field("kv_c"), kv.cache.field("k_pe")
+    kv_c_desc, k_pe_desc, page_rows = _descriptors(kv_c, k_pe)
+    tile_rows, rank = config["M"], plan.dims.kv_lora_rank
+    is_empty = not request.batch_size or not request.max_seqlen_q or not out.numel()
+    out_strides = out.stride()[:2]
+    lse_strides = (0, 0) if lse is None else lse.stride()[:2]
+    shared = {
+        "M": tile_rows,
+        "D": rank,
+        "EVEN": config["max_runs"] > 0,
+        "HAS_LSE": lse is not None,
+        "HAS_SINK": "sink" in request.problem.features,
+    }
+    rows, unroll, warps = _merge_launch(config["max_runs"])
+    merge_rows = config["row_blocks"] * tile_rows // rows
+    has_merge = "partial_out" in plan.workspace
+    return _Call(
+        kernel=hopper_decode_kernel,
+        num_programs=0 if is_empty else config["num_workers"] * config["row_blocks"],
+        descriptors=(kv_c_desc, k_pe_desc),
+        numbers=(
+            options.softcap,
+            options.window or 0,
+            options.cp_world_size,
+            options.cp_rank,
+            request.batch_size,
+            plan.dims.num_heads,
+            kv.cache.num_pages,
+            page_rows,
+            config["row_blocks"],
+            config["num_workers"],
+            config["max_runs"],
+            config["min_tiles"],
+            *out_strides,
+            *lse_strides,
+            *_row_strides(ql_nope),
+            *_row_strides(q_pe),
+            *_row_strides(kv_c),
+            *_row_strides(k_pe),
+        ),
+        constants=shared
+        | {
+            "R": plan.dims.qk_rope_head_dim,
+            "PAGE_SIZE": kv.page_size,
+            "IS_CAUSAL": options.causal,
+            "IS_CP": options.cp_world_size > 1,
+            "HAS_SOFTCAP": options.softcap > 0,
+            "HAS_WINDOW": options.window is not None,
+        }
+        | _launch(tile_rows, rank),
+        merge_kernel=merge_kernel,
+        merge_grid=(merge_rows, plan.workspace["note"].shape[0]) if has_merge else (),
+        merge_numbers=(plan.dims.num_heads, config["row_blocks"], *out_strides, *lse_strides),
+        merge_constants=shared
+        | {"ROWS": rows, "UNROLL": unroll, "num_warps": warps, "launch_pdl": True},
+    )
 
 
 def _launch(tile_rows: int, kv_lora_rank: int) -> dict[str, int]:
