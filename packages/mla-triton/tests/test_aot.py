@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -145,9 +146,11 @@ def test_the_manifest(compiled):
 def test_files_that_are_not_the_listed_ones_are_refused(compiled, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     folder = shutil.copytree(compiled, tmp_path / "kernels")
-    assert install(folder, "sm90") == 6
+    entries = json.loads((folder / "manifest.json").read_text())["kernels"]
+    counts = Counter(entry["arch"] for entry in entries)
+    assert install(folder, "sm90") == counts["sm90"] > 0
     next(folder.glob("*/*.cubin")).write_bytes(b"something else")
-    assert install(folder, "gfx942") == 6
+    assert install(folder, "gfx942") == counts["gfx942"] > 0
     with pytest.raises(LayoutError, match=r"must be the file whose SHA-256 manifest\.json lists"):
         install(folder, "sm90")
     (folder / "manifest.json").unlink()
