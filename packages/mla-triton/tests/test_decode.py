@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ import torch
 from mla_core.arch import arch_of
 from mla_core.batch import indptr_of
 from mla_core.dims import MLADims
-from mla_core.ops import decode
-from mla_core.plan import AttentionOptions, plan_decode
+from mla_core.plan import AttentionOptions
 from mla_core.testing.assertions import TOLERANCES, assert_close
 from mla_core.testing.cases import DecodeCase
-from mla_core.testing.conformance import check_decode, decode_cases
+from mla_core.testing.conformance import check_decode, decode_cases, plan_case
+from mla_core.testing.conformance import run_case as run
 from mla_core.testing.poison import poison_
 from mla_triton import tuning
 from mla_triton.decode import launch_decode, with_config
@@ -25,29 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
 
-def plan_of(case, inputs, **arguments):
-    return plan_decode(
-        case.dims,
-        inputs.qo_indptr,
-        inputs.kv,
-        q_dtype=inputs.ql_nope.dtype,
-        options=case.options,
-        has_sink=case.has_sink,
-        backend="triton",
-        **arguments,
-    )
-
-
-def run(inputs, plan, **arguments):
-    return decode(
-        inputs.ql_nope,
-        inputs.q_pe,
-        inputs.kv,
-        plan,
-        sm_scale=inputs.sm_scale,
-        sink=inputs.sink,
-        **arguments,
-    )
+plan_of = partial(plan_case, backend="triton")
 
 
 def check(got, inputs):

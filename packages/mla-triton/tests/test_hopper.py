@@ -142,3 +142,12 @@ def test_many_blocks_of_rows_fill_the_device_with_requests():
     config = hopper.make_schedule(request_of(128, 64, 4096, q_len=67), SMS).config
     assert config["max_runs"] == 1
     assert config["row_blocks"] == 134
+
+
+def test_numbers_of_the_kernels():
+    schedule = pytest.importorskip("mla_triton.kernels.hopper.schedule")
+    from mla_triton.kernels.hopper import load, wide
+
+    assert load.TILE.value == hopper.TILE
+    assert wide.M.value == hopper.WIDE
+    assert schedule.START_COST.value == hopper._LINE_START

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from mla_core import AttentionOptions, FusedRope
 from mla_core.dims import MLADims
-from mla_core.ops import decode
-from mla_core.plan import plan_decode
 from mla_core.rope import RopeInputs
 from mla_core.testing.assertions import assert_close
 from mla_core.testing.cases import MAX_POSITION, DecodeCase
+from mla_core.testing.conformance import plan_case
+from mla_core.testing.conformance import run_case as run
 from mla_core.testing.poison import poison_
 
 pytestmark = pytest.mark.kernel
@@ -24,28 +25,7 @@ KEPT = AttentionOptions(rope=FusedRope(False, 32))
 STORED = AttentionOptions(rope=FusedRope(False, 32, write_back=True))
 
 
-def plan_of(case, inputs, **arguments):
-    return plan_decode(
-        case.dims,
-        inputs.qo_indptr,
-        inputs.kv,
-        q_dtype=inputs.ql_nope.dtype,
-        options=case.options,
-        **{"backend": "triton", **arguments},
-    )
-
-
-def run(inputs, plan, **arguments):
-    return decode(
-        inputs.ql_nope,
-        inputs.q_pe,
-        inputs.kv,
-        plan,
-        sm_scale=inputs.sm_scale,
-        cos_sin_cache=inputs.cos_sin_cache,
-        positions=inputs.positions,
-        **arguments,
-    )
+plan_of = partial(plan_case, backend="triton")
 
 
 @pytest.mark.parametrize("options", [KEPT, STORED], ids=["kept", "stored"])

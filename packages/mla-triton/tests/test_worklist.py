@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from mla_core.ops import decode, replan
 from mla_core.plan import AttentionOptions, plan_decode
 from mla_core.testing.assertions import TOLERANCES, assert_close
 from mla_core.testing.cases import DecodeCase
-from mla_core.testing.conformance import check_decode, decode_cases
+from mla_core.testing.conformance import check_decode, decode_cases, plan_case
+from mla_core.testing.conformance import run_case as run
 from mla_core.testing.poison import poison_
 from mla_triton import tuning, worklist
 from mla_triton.decode import with_config
@@ -38,29 +40,7 @@ def _many_pieces(monkeypatch):
     monkeypatch.setattr("mla_triton.decode._INTERPRETED_MULTIPROCESSORS", 7)
 
 
-def plan_of(case, inputs, **arguments):
-    return plan_decode(
-        case.dims,
-        inputs.qo_indptr,
-        inputs.kv,
-        q_dtype=inputs.ql_nope.dtype,
-        options=case.options,
-        has_sink=case.has_sink,
-        backend="triton",
-        **arguments,
-    )
-
-
-def run(inputs, plan, **arguments):
-    return decode(
-        inputs.ql_nope,
-        inputs.q_pe,
-        inputs.kv,
-        plan,
-        sm_scale=inputs.sm_scale,
-        sink=inputs.sink,
-        **arguments,
-    )
+plan_of = partial(plan_case, backend="triton")
 
 
 def check(inputs, plan):

@@ -18,17 +18,15 @@ from mla_core.rope import RopeInputs
 from mla_triton import hopper, tuning, worklist
 from mla_triton import rope as fused_rope
 from mla_triton.aot_files import install_named
-from mla_triton.arguments import alignment_of, power_of_two, scale_group_of, scales_of
+from mla_triton.arguments import kernel_constants, scale_strides, scales_of
 from mla_triton.backend import HOPPER
-from mla_triton.splits import INVARIANT_SPLITS, choose_splits
+from mla_triton.splits import INVARIANT_SPLITS, RAGGED, choose_splits, mean_tokens
 
 #: A split shorter than this many tokens costs more to merge than it saves.
 MIN_SPLIT_TOKENS = 128
 #: The same for ragged batches, which are cut finer than equal ones.
 RAGGED_SPLIT_TOKENS = 512
 MAX_AUTOMATIC_SPLITS = 64
-#: Longest over average request from which lengths count as ragged.
-RAGGED = 1.25
 #: Requests are the third dimension of the grid, which CUDA limits.
 MAX_BATCH_SIZE = 65535
 #: Stand-in for the multiprocessors of a device in the interpreter, so that it splits too.
@@ -243,15 +241,12 @@ def launch_decode(
     # Imported at the first launch: Triton costs a second and may be absent.
     from mla_triton.kernels.decode import decode_kernel
 
-    num_heads, kv_lora_rank = ql_nope.shape[1:]
-    num_pages, page_size = kv_c.shape[:2]
+    num_heads, num_pages = ql_nope.shape[1], kv_c.shape[0]
     batch_size = qo_indptr.numel() - 1
     num_rows = max_seqlen_q * num_heads
     if not batch_size or not num_rows or not out.numel():
         return
     config = schedule.config
-    block_d = power_of_two(kv_lora_rank)
-    scale_group, scale_strides = scale_group_of(kv_scale, kv_lora_rank, block_d)
     grid = (-(-num_rows // config["BLOCK_M"]), schedule.num_kv_splits, batch_size)
     unused = kv_indptr
     launch(
@@ -284,23 +279,12 @@ def launch_decode(
         *q_pe.stride()[:2],
         *kv_c.stride()[:2],
         *k_pe.stride()[:2],
-        *scale_strides,
+        *scale_strides(kv_scale),
         *fused_rope.kernel_arguments(options, rope, new_keys, unused),
-        D=kv_lora_rank,
-        R=q_pe.shape[-1],
-        BLOCK_D=block_d,
-        BLOCK_R=power_of_two(q_pe.shape[-1]),
-        PAGE_SIZE=page_size,
-        LATENT_ALIGN=alignment_of(kv_c),
-        SCALE_GROUP=scale_group,
-        HAS_KV_SCALE=kv_scale is not None and not scale_group,
         HAS_Q_SCALE=q_scale is not None,
-        IS_CAUSAL=options.causal,
-        HAS_CP=options.cp_world_size > 1,
         HAS_LSE=lse is not None,
         HAS_SINK=sink is not None,
-        HAS_SOFTCAP=options.softcap > 0,
-        HAS_WINDOW=options.window is not None,
+        **kernel_constants(options, kv_c, k_pe, kv_scale),
         **fused_rope.kernel_constants(options, k_pe, new_keys),
         **config,
     )
@@ -321,10 +305,8 @@ def _splitting(request: PlanRequest, config: tuning.DecodeConfig) -> tuple[int, 
     row_bytes = dims.latent_dim * itemsize(request.problem.kv_dtype)
     step_bytes = multiprocessors * config.BLOCK_N * row_bytes
     partial_bytes = request.total_q * dims.num_heads * dims.value_dim * 8
-    # The index buffer may be over-allocated: it bounds the mean only from above.
-    mean_tokens = request.total_pages * request.problem.page_size / max(1, request.batch_size)
     max_steps = -(-request.max_seqlen_k // config.BLOCK_N)
-    mean_steps = min(mean_tokens / config.BLOCK_N, max_steps)
+    mean_steps = min(mean_tokens(request) / config.BLOCK_N, max_steps)
     splits = choose_splits(
         num_programs=num_programs,
         mean_steps=mean_steps,

@@ -18,15 +18,13 @@ from mla_core.batch import PagedKV
 from mla_core.dtypes import torch_dtype
 from mla_core.launch import launch
 from mla_core.plan import DecodePlan, PlanRequest, Schedule, bind_schedule
+from mla_triton.splits import INVARIANT_SPLITS, RAGGED, mean_tokens
 
 #: Cached tokens of a tile, as in the kernels.
 TILE = 64
 #: Rows of a wide program.
 WIDE = 64
-#: Requests count as ragged when the longest is this much longer than the average.
-RAGGED = 1.25
-#: Runs of a ``batch_invariant`` plan, and the shortest run in tiles: the same for every batch.
-INVARIANT_RUNS = 16
+#: Shortest run of a ``batch_invariant`` plan, in tiles: the same for every batch.
 INVARIANT_TILES = 4
 
 _LOG2_E = math.log2(math.e)
@@ -120,13 +118,11 @@ def deal(
         runs = request.num_kv_splits
         return Shares(batch_size * runs, runs), "num_kv_splits was passed"
     if "batch_invariant" in request.problem.features:
-        workers = batch_size * INVARIANT_RUNS
-        return Shares(workers, INVARIANT_RUNS, INVARIANT_TILES), "fixed by batch_invariant"
+        workers = batch_size * INVARIANT_SPLITS
+        return Shares(workers, INVARIANT_SPLITS, INVARIANT_TILES), "fixed by batch_invariant"
     groups = max(1, multiprocessors // row_blocks)
     longest = max(1, -(-request.max_seqlen_k // TILE))
-    # The index buffer may be over-allocated: it bounds the mean only from above.
-    tokens = request.total_pages * request.problem.page_size
-    mean = max(1.0, min(tokens / batch_size / TILE, longest))
+    mean = max(1.0, min(mean_tokens(request) / TILE, longest))
     partial_tiles = row_blocks * tile_rows * request.problem.dims.kv_lora_rank * 8 / _TILE_BYTES
     waves = -(-groups * row_blocks // multiprocessors)
     line = waves * (math.ceil((mean + _LINE_START) * batch_size / groups) + _START)

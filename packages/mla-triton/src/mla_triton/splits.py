@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+from mla_core.plan import PlanRequest
+
 #: Loop steps that a program's start, and the merge's launch, cost.
 PROGRAM_OVERHEAD = 2.0
 MERGE_OVERHEAD = 2.0
 #: Splits of a ``batch_invariant`` plan: one number for every batch.
 INVARIANT_SPLITS = 16
+#: Longest over average request from which lengths count as ragged.
+RAGGED = 1.25
 
 
 def choose_splits(
@@ -50,3 +54,11 @@ def choose_splits(
         return waves * (math.ceil(mean_steps / splits) + PROGRAM_OVERHEAD) + merge
 
     return min(range(1, max(1, max_splits) + 1), key=steps)
+
+
+def mean_tokens(request: PlanRequest) -> float:
+    """Return the average cached tokens of a request, as far as planning knows.
+
+    The index buffer may be over-allocated: it bounds the mean only from above.
+    """
+    return request.total_pages * request.problem.page_size / max(1, request.batch_size)

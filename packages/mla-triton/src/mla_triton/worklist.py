@@ -19,7 +19,7 @@ from mla_core.reduce import launch_reduce
 from mla_core.rope import RopeInputs
 from mla_triton import rope as fused_rope
 from mla_triton import tuning
-from mla_triton.arguments import alignment_of, power_of_two, scale_group_of, scales_of
+from mla_triton.arguments import kernel_constants, scale_strides, scales_of
 
 KERNEL = "flash_decode_worklist"
 #: Workers are the second dimension of the grid, which CUDA limits.
@@ -148,8 +148,6 @@ def decode(
     del config["num_workers"]
     tile_tokens = config.pop("max_tile_tokens")
     kv_c, k_pe, kv_scale = kv.cache.field("kv_c"), kv.cache.field("k_pe"), scales_of(kv.cache)
-    block_d = power_of_two(dims.kv_lora_rank)
-    scale_group, scale_strides = scale_group_of(kv_scale, dims.kv_lora_rank, block_d)
     new_keys = plan.workspace.get("new_keys")
     partial_out = plan.workspace.get("partial_out")
     partial_lse = plan.workspace.get("partial_lse")
@@ -196,23 +194,12 @@ def decode(
         *q_pe.stride()[:2],
         *kv_c.stride()[:2],
         *k_pe.stride()[:2],
-        *scale_strides,
+        *scale_strides(kv_scale),
         *fused_rope.kernel_arguments(options, rope, new_keys, unused),
-        D=dims.kv_lora_rank,
-        R=dims.qk_rope_head_dim,
-        BLOCK_D=block_d,
-        BLOCK_R=power_of_two(dims.qk_rope_head_dim),
-        PAGE_SIZE=kv.page_size,
-        LATENT_ALIGN=alignment_of(kv_c),
-        SCALE_GROUP=scale_group,
-        HAS_KV_SCALE=kv_scale is not None and not scale_group,
         HAS_Q_SCALE=q_scale is not None,
-        IS_CAUSAL=options.causal,
-        HAS_CP=options.cp_world_size > 1,
         HAS_LSE=lse is not None,
         HAS_SINK=sink is not None,
-        HAS_SOFTCAP=options.softcap > 0,
-        HAS_WINDOW=options.window is not None,
+        **kernel_constants(options, kv_c, k_pe, kv_scale),
         **fused_rope.kernel_constants(options, k_pe, new_keys),
         FOLD=fold,
         # Other planners may leave out requests without keys; ours give each a work.

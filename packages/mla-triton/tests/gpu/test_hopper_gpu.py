@@ -9,10 +9,10 @@ import torch
 
 from mla_core.batch import indptr_of
 from mla_core.dims import MLADims
-from mla_core.ops import decode
-from mla_core.plan import AttentionOptions, plan_decode
+from mla_core.plan import AttentionOptions
 from mla_core.testing.assertions import TOLERANCES, assert_close
 from mla_core.testing.cases import DecodeCase
+from mla_core.testing.conformance import plan_case, run_case
 from mla_core.testing.poison import poison_
 from mla_triton.hopper import Shares, with_shares
 
@@ -29,16 +29,7 @@ Q_LENS = (2, 1, 3, 1, 0, 4, 2, 1)
 
 
 def plan_of(case, inputs, **arguments):
-    plan = plan_decode(
-        case.dims,
-        inputs.qo_indptr,
-        inputs.kv,
-        q_dtype=inputs.ql_nope.dtype,
-        options=case.options,
-        has_sink=case.has_sink,
-        backend="triton",
-        **arguments,
-    )
+    plan = plan_case(case, inputs, backend="triton", **arguments)
     assert plan.schedule.kernel.startswith("hopper"), plan
     return plan
 
@@ -46,17 +37,7 @@ def plan_of(case, inputs, **arguments):
 def check(case, inputs, plan, **arguments):
     for workspace in plan.workspace.values():
         poison_(workspace)
-    got = decode(
-        inputs.ql_nope,
-        inputs.q_pe,
-        inputs.kv,
-        plan,
-        sm_scale=inputs.sm_scale,
-        sink=inputs.sink,
-        global_kv_lens=inputs.global_kv_lens,
-        return_lse=True,
-        **arguments,
-    )
+    got = run_case(inputs, plan, return_lse=True, **arguments)
     # The products are those of the cache's dtype, whatever the output is rounded to.
     tolerance = TOLERANCES[case.q_dtype]
     assert_close(got[0], inputs.expected_out, what="out", tolerance=tolerance)

@@ -255,6 +255,36 @@ def decode_cases(
     return tuple(case for case, problem in asked if any(not row.why_not(problem) for row in rows))
 
 
+def plan_case(case: DecodeCase, inputs: DecodeInputs, **arguments: Any) -> DecodePlan:
+    """Plan a case; ``arguments`` are further ones of ``mla_core.plan_decode``."""
+    return plan_decode(
+        case.dims,
+        inputs.qo_indptr,
+        inputs.kv,
+        q_dtype=inputs.ql_nope.dtype,
+        options=case.options,
+        has_sink=case.has_sink,
+        **arguments,
+    )
+
+
+def run_case(inputs: DecodeInputs, plan: DecodePlan, **arguments: Any) -> Any:
+    """Decode a case's inputs; ``arguments`` are further ones of ``mla_core.decode``."""
+    return decode(
+        inputs.ql_nope,
+        inputs.q_pe,
+        inputs.kv,
+        plan,
+        sm_scale=inputs.sm_scale,
+        sink=inputs.sink,
+        q_scale=inputs.q_scale,
+        global_kv_lens=inputs.global_kv_lens,
+        cos_sin_cache=inputs.cos_sin_cache,
+        positions=inputs.positions,
+        **arguments,
+    )
+
+
 def check_decode(
     backend: str,
     case: DecodeCase,
@@ -282,13 +312,9 @@ def check_decode(
         ``out`` or ``lse`` is not close, or something was left unwritten.
     """
     inputs = inputs or case.build(device)
-    plan = plan_decode(
-        case.dims,
-        inputs.qo_indptr,
-        inputs.kv,
-        q_dtype=inputs.ql_nope.dtype,
-        options=case.options,
-        has_sink=case.has_sink,
+    plan = plan_case(
+        case,
+        inputs,
         num_kv_splits=case.num_kv_splits,
         fixed_lengths=fixed_lengths,
         persistent=persistent,
@@ -306,21 +332,7 @@ def check_decode(
     before = [buffer.clone() for buffer in inputs.kv.cache.buffers]
     out = poison_(torch.empty(inputs.expected_out.shape, dtype=dtype, device=device))
     lse = poison_(torch.empty(inputs.expected_lse.shape, dtype=torch.float32, device=device))
-    decode(
-        inputs.ql_nope,
-        inputs.q_pe,
-        inputs.kv,
-        plan,
-        sm_scale=inputs.sm_scale,
-        out=out,
-        lse=lse,
-        sink=inputs.sink,
-        q_scale=inputs.q_scale,
-        global_kv_lens=inputs.global_kv_lens,
-        cos_sin_cache=inputs.cos_sin_cache,
-        positions=inputs.positions,
-        k_pe_tokens=k_pe_tokens,
-    )
+    run_case(inputs, plan, out=out, lse=lse, k_pe_tokens=k_pe_tokens)
     if k_pe_tokens is not None and inputs.expected_k_pe_tokens is not None:
         assert_close(k_pe_tokens, inputs.expected_k_pe_tokens, what=f"k_pe_tokens of {case}")
     _check_cache(case, inputs, before)

@@ -3,18 +3,14 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from mla_triton.kernels import _math
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 
-
-@gluon.jit
-def scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP: gl.constexpr):
-    """Scale raw scores to base-2 logits, ``softcap * tanh(. / softcap)`` applied on the way."""
-    s = s * sm_scale_log2
-    if HAS_SOFTCAP:
-        tanh = 1.0 - 2.0 / (1.0 + gl.exp2(s * (2.0 / softcap)))
-        s = tanh * (softcap * LOG2_E)
-    return s
+# Elementwise, so layouts do not enter: the portable kernels' own.
+scale_scores = gluon.jit(_math.scale_scores.fn)
+finite_or_zero = gluon.jit(_math.finite_or_zero.fn)
 
 
 @gluon.jit
@@ -24,12 +20,6 @@ def hide(s, token, limit, lowest, HAS_WINDOW: gl.constexpr):
     if HAS_WINDOW:
         is_seen = is_seen & (token >= lowest)
     return gl.where(is_seen, s, float("-inf"))
-
-
-@gluon.jit
-def finite_or_zero(m):
-    """Replace -inf, so that ``exp2(-inf - m)`` is 0 and not NaN while nothing was seen."""
-    return gl.where(m == float("-inf"), 0.0, m)
 
 
 @gluon.jit
