@@ -13,14 +13,15 @@ DIMS = MLADims(2)
 
 
 @pytest.mark.parametrize("layout", ["bf16", "fp32", "fp8_seg656", "fp8_ds656", "shuffled_bf16"])
-def test_op_writes_what_the_layout_packs(layout):
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_op_writes_what_the_layout_packs(layout, index_dtype):
     torch.manual_seed(0)
     caches = [LatentCache.allocate(layout, DIMS, 3, 16) for _ in range(2)]
     for cache in caches:
         for buffer in cache.buffers:
             poison_(buffer)
     kv_c, k_pe = torch.randn(6, 512).bfloat16(), torch.randn(6, 64).bfloat16()
-    slots = torch.tensor([40, -1, 3, 17, -5, 0])
+    slots = torch.tensor([40, -1, 3, 17, -5, 0], dtype=index_dtype)
     mla_core.write_kv_cache(kv_c, k_pe, caches[0], slots)
     caches[1].write(kv_c, k_pe, slots)
     for got, want in zip(caches[0].buffers, caches[1].buffers, strict=True):
@@ -39,7 +40,7 @@ def test_op_writes_what_the_layout_packs(layout):
         ({"k_pe": torch.randn(3, 64)}, r"k_pe must be \[4, 64\]"),
         ({"k_pe": torch.randn(4, 64).half()}, r"k_pe must be float32, got torch.float16"),
         ({"slots": torch.arange(3)}, r"slots must be \[4\]"),
-        ({"slots": torch.arange(4).int()}, r"slots must be int64"),
+        ({"slots": torch.arange(4).short()}, r"slots must be int64 or int32, got torch.int16"),
         ({"slots": torch.tensor([0, 1, 2, 48])}, r"slots must be below num_slots=48, got 48"),
         ({"slots": torch.arange(4, device="meta")}, r"slots must be on cpu, got meta"),
     ],

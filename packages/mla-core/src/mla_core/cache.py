@@ -151,6 +151,16 @@ class LatentCache:
             self._views[name] = view
         return view
 
+    def field_bytes(self, name: str) -> torch.Tensor:
+        """View one field as `field` does, with fp8 as ``uint8``, for writers that make the codes."""
+        key = f"{name} as bytes"
+        view = self._views.get(key)
+        if view is None:
+            view = self.field(name)
+            view = view.view(torch.uint8) if view.element_size() == 1 else view
+            self._views[key] = view
+        return view
+
     def rows(self) -> torch.Tensor:
         """Return the cache of a standard layout as ``[num_pages, page_size, latent_dim]``.
 

@@ -15,6 +15,7 @@ from mla_core.problem import Problem
 from mla_core.select import select
 
 _ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SLOT_DTYPES = (torch.int64, torch.int32)
 
 
 def write_kv_cache(
@@ -35,7 +36,7 @@ def write_kv_cache(
         Rotated shared key.
     cache : LatentCache
         Changed in place; bytes of other slots are left as they are.
-    slots : [num_tokens], int64
+    slots : [num_tokens], int64 or int32
         ``page * page_size + offset``; a negative slot skips its token. Slots must be distinct.
     backend : str, optional
         Use this backend or raise.
@@ -51,8 +52,7 @@ def write_kv_cache(
     num_tokens = kv_c.shape[0]
     pe_shape = (num_tokens, dims.qk_rope_head_dim)
     check_tensor(op, "k_pe", k_pe, shape=pe_shape, dtypes=(kv_c.dtype,), device=device)
-    int64 = (torch.int64,)
-    check_tensor(op, "slots", slots, shape=(num_tokens,), dtypes=int64, device=device)
+    check_tensor(op, "slots", slots, shape=(num_tokens,), dtypes=_SLOT_DTYPES, device=device)
     if torch.compiler.is_compiling():
         torch.ops.mla.write_kv_cache(kv_c, k_pe, *library.flatten_cache(cache), slots, backend)
     else:

@@ -358,9 +358,9 @@ BAD_INPUTS: tuple[BadInput, ...] = (
         "write_kv_cache: slots must be below num_slots=64, got 64",
     ),
     BadInput(
-        "int32 slots",
-        lambda: _write(slots=_i32(0, 1, 2)),
-        "write_kv_cache: slots must be int64, got torch.int32",
+        "int16 slots",
+        lambda: _write(slots=_i32(0, 1, 2).short()),
+        "write_kv_cache: slots must be int64 or int32, got torch.int16",
     ),
     BadInput(
         "key heads that do not divide the query heads",

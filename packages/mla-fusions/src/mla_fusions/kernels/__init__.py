@@ -1,0 +1,1 @@
+"""Device code, imported when an operation first runs; nothing else imports Triton."""

@@ -1,0 +1,149 @@
+"""Quantising tiles bit for bit as `mla_core.layouts.codecs` does: fp8 with scales, and NVFP4.
+
+Tiles are fp32 [BLOCK_T, GROUPS, GROUP]; one scale belongs to each of the ``GROUPS``. Codes are
+bytes: fp8 is never a type of memory here, because no chip knows both flavours of it.
+
+``CODEC`` is (kind, exponent bias of fp8, whether the chip converts to it, floor of a group's
+largest magnitude).
+"""
+
+from __future__ import annotations
+
+import triton
+from triton import language as tl
+
+#: Kinds of codecs.
+CAST = tl.constexpr(0)
+PER_TENSOR = tl.constexpr(1)
+GROUP_FP32 = tl.constexpr(2)
+GROUP_E8M0 = tl.constexpr(3)
+NVFP4 = tl.constexpr(4)
+#: Smallest normal fp32 number, the floor of a scale.
+TINY = tl.constexpr(2.0**-126)
+#: Floor of an E8M0 scale before it is rounded up to a power of two.
+E8M0_MIN = tl.constexpr(1e-4)
+
+
+@triton.jit
+def largest(x):
+    """Return the largest magnitude of each group, NaN if there is one: [BLOCK_T, GROUPS]."""
+    # Magnitudes order as their bits do, with NaN on top, which a maximum of floats would drop.
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, axis=2).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fp8_codes(x, BIAS: tl.constexpr, IS_NATIVE: tl.constexpr):
+    """Round fp32 to fp8 bytes, to nearest even, saturating; NaN stays NaN.
+
+    ``BIAS`` is 7 for e4m3 (OCP) and 8 for e4m3fnuz; ``IS_NATIVE`` says that the chip converts.
+    """
+    LIMIT: tl.constexpr = 448.0 if BIAS == 7 else 240.0
+    x = tl.where(x > LIMIT, LIMIT, x)
+    x = tl.where(x < -LIMIT, -LIMIT, x)
+    if IS_NATIVE:
+        if BIAS == 7:
+            codes = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
+            codes = x.to(tl.float8e4b8).to(tl.uint8, bitcast=True)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        # Drop 20 bits of the mantissa; a tie goes up from an odd code. A carry moves the exponent.
+        normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1) - ((127 - BIAS) << 23)) >> 20
+        # Added to a number whose last digit is the smallest fp8 step, a small one is rounded to it.
+        STEPS: tl.constexpr = 2.0 ** (21 - BIAS)
+        shifted = magnitude.to(tl.float32, bitcast=True) + STEPS
+        small = shifted.to(tl.int32, bitcast=True) - ((127 + 21 - BIAS) << 23)
+        codes = tl.where(magnitude < ((128 - BIAS) << 23), small, normal)
+        sign = (bits >> 24) & 0x80
+        if BIAS == 7:
+            codes = tl.where(magnitude > 0x7F800000, 0x7F, codes) | sign
+        else:
+            # No negative zero: its byte is the only NaN.
+            codes = tl.where(codes == 0, 0, codes | sign)
+            codes = tl.where(magnitude > 0x7F800000, 0x80, codes)
+        codes = codes.to(tl.uint8)
+    return codes
+
+
+@triton.jit
+def e4m3_values(codes):
+    """Return the fp32 values of non-negative e4m3 bytes; 0x7F is NaN."""
+    codes = codes.to(tl.int32)
+    normal = ((codes + ((127 - 7) << 3)) << 20).to(tl.float32, bitcast=True)
+    small = codes.to(tl.float32) * 0.001953125  # 2 ** -9
+    values = tl.where(codes < 8, small, normal)
+    return tl.where(codes == 0x7F, float("nan"), values)
+
+
+@triton.jit
+def fp32_scales(x, BIAS: tl.constexpr, MIN_AMAX: tl.constexpr):
+    """Return the scale of each group that puts its largest magnitude at the largest fp8 number."""
+    LIMIT: tl.constexpr = 448.0 if BIAS == 7 else 240.0
+    amax = largest(x)
+    if MIN_AMAX > 0:
+        amax = tl.where(amax < MIN_AMAX, MIN_AMAX, amax)
+    scales = tl.div_rn(amax, LIMIT)
+    return tl.where(scales < TINY, TINY, scales)
+
+
+@triton.jit
+def e8m0_scales(x, BIAS: tl.constexpr):
+    """Return the byte of each group's power of two, and its reciprocal in fp32."""
+    LIMIT: tl.constexpr = 448.0 if BIAS == 7 else 240.0
+    scales = tl.div_rn(largest(x), LIMIT)
+    scales = tl.where(scales < E8M0_MIN, E8M0_MIN, scales)
+    bits = scales.to(tl.int32, bitcast=True)
+    # The next power of two, unless it is one; infinity and NaN give 255, the NaN of E8M0.
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+    exponent = tl.minimum(exponent, 255)
+    # 2 ** -127, the reciprocal of the largest, is no normal number.
+    bits = tl.where(exponent == 254, 0x00400000, (254 - exponent) << 23)
+    reciprocal = tl.where(exponent == 255, float("nan"), bits.to(tl.float32, bitcast=True))
+    return exponent.to(tl.uint8), reciprocal
+
+
+@triton.jit
+def e2m1_codes(x):
+    """Round fp32 to e2m1 codes 0..15, ties to even, saturating; the sign is bit 3."""
+    a = tl.abs(x)
+    # One for each magnitude that is passed. From an odd code a tie goes up, to the even one.
+    codes = (a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32)
+    codes += (a >= 1.75).to(tl.int32) + (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32)
+    codes += (a > 5.0).to(tl.int32)
+    return codes | ((x.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def quantise(x, factor_ptr, CODEC: tl.constexpr):
+    """Return the codes and the stored scales of a tile; without scales in the page, codes twice.
+
+    Codes are [BLOCK_T, GROUPS, GROUP] bytes, NVFP4's [BLOCK_T, GROUPS, GROUP / 2]. ``factor_ptr``
+    is fp32 [1], and read where one factor serves all.
+    """
+    KIND: tl.constexpr = CODEC[0]
+    BIAS: tl.constexpr = CODEC[1]
+    IS_NATIVE: tl.constexpr = CODEC[2]
+    if KIND == PER_TENSOR:
+        codes = fp8_codes(tl.div_rn(x, tl.load(factor_ptr)), BIAS, IS_NATIVE)
+        scales = codes
+    elif KIND == GROUP_FP32:
+        scales = fp32_scales(x, BIAS, CODEC[3])
+        codes = fp8_codes(tl.div_rn(x, scales[:, :, None]), BIAS, IS_NATIVE)
+    elif KIND == GROUP_E8M0:
+        scales, reciprocal = e8m0_scales(x, BIAS)
+        # Exact, as dividing by a power of two is.
+        codes = fp8_codes(x * reciprocal[:, :, None], BIAS, IS_NATIVE)
+    else:
+        tl.static_assert(KIND == NVFP4)
+        scales = fp8_codes(tl.div_rn(largest(x), 6.0), 7, IS_NATIVE)
+        # Against the rounded scale, so that the pair is consistent.
+        divisor = e4m3_values(scales)
+        divisor = tl.where(divisor == 0.0, 1.0, divisor)
+        halves = e2m1_codes(tl.div_rn(x, divisor[:, :, None]))
+        low, high = tl.split(
+            tl.reshape(halves, (x.shape[0], x.shape[1], x.shape[2] // 2, 2))
+        )
+        codes = (low | (high << 4)).to(tl.uint8)
+    return codes, scales
