@@ -85,9 +85,11 @@ def tests_isolated(session: nox.Session, package: str) -> None:
     """Run one package's tests against its wheel, with nothing but its declared dependencies."""
     place = ROOT / ".nox" / f"isolated-{package}"
     # Beside pytest, the extras without which a package's tests have little to run.
-    extras = {"mla-core": "testing,cli,plot", "mla-triton": "testing,triton"}.get(
-        package, "testing"
-    )
+    extras = {
+        "mla-core": "testing,cli,plot",
+        "mla-triton": "testing,triton",
+        "mla-fusions": "testing,triton",
+    }.get(package, "testing")
     environment.create(place)
     environment.install_wheel(place, f"{package}[{extras}]", DIST)
     session.run(

@@ -7,7 +7,9 @@ import torch
 
 import mla_core
 from mla_core import LatentCache, LayoutError, MLADims
+from mla_core.testing import writes
 from mla_core.testing.poison import poison_
+from mla_core.testing.writes import WRITE_CASES, check_write, write_cases
 
 DIMS = MLADims(2)
 
@@ -30,6 +32,40 @@ def test_op_writes_what_the_layout_packs(layout, index_dtype):
     assert not read_c.isnan().any()
     assert (read_c[1] == 0).all()
     assert (read_pe[4] == 0).all()
+
+
+@pytest.mark.parametrize("case", WRITE_CASES, ids=str)
+def test_conformance(case):
+    check_write("reference", case)
+
+
+def test_every_case_is_claimed():
+    assert write_cases("reference", "cpu") == WRITE_CASES
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "message"),
+    [
+        ("fp8_ds656", "kv_c", r"1 bytes of buffer 0 differ, .* \(kv_c\[0\] of token \d\)"),
+        ("fp8_ds32", "kv_c_scale", r"of buffer 2 differ, .*\(kv_c_scale\[0\] of token \d\)"),
+        ("v4_nm", None, r"byte 470 of page 0 \(padding\)"),
+    ],
+)
+def test_a_wrong_byte_is_noticed_and_named(monkeypatch, layout, name, message):
+    case = next(case for case in WRITE_CASES if (case.name, case.layout) == ("rows", layout))
+
+    def wrong(kv_c, k_pe, cache, slots, backend):
+        cache.write(kv_c, k_pe, slots)
+        if name is None:
+            cache.buffers[0].view(torch.uint8).flatten(1)[0, 470] ^= 1
+        else:
+            slot = int(slots[slots >= 0][0])
+            view = cache.field_bytes(name)[slot // case.page_size, slot % case.page_size]
+            view[..., 0] += 1
+
+    monkeypatch.setattr(writes, "write_kv_cache", wrong)
+    with pytest.raises(AssertionError, match=message):
+        check_write("anything", case)
 
 
 @pytest.mark.parametrize(

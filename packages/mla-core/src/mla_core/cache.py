@@ -152,7 +152,7 @@ class LatentCache:
         return view
 
     def field_bytes(self, name: str) -> torch.Tensor:
-        """View one field as `field` does, with fp8 as ``uint8``, for writers that make the codes."""
+        """View one field as `field` does, but fp8 as ``uint8``, for kernels that make codes."""
         key = f"{name} as bytes"
         view = self._views.get(key)
         if view is None:

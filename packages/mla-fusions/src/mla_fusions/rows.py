@@ -191,9 +191,9 @@ def place_of(layout: str, field: Field) -> Numbers:
         )
     # Missing digits take one value. The most significant one is never taken modulo its size.
     first, *rest = ((digit.size, digit.stride // size) for digit in field.tokens)
-    (t1, s1), (t0, s0) = ([(1, 0)] * 2 + rest)[-2:]
+    (t1, s1), (t0, s0) = [(1, 0), (1, 0), *rest][-2:]
     top, *low = ((digit.size, digit.stride // size) for digit in field.elems)
-    (e0, d0) = ([(1, 0)] + low)[-1]
+    e0, d0 = [(1, 0), *low][-1]
     copies, step = next(((digit.size, digit.stride // size) for digit in field.copies), (1, 0))
     return (t1, t0, first[1], s1, s0, e0, top[1], d0, copies, step)
 

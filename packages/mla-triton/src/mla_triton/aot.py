@@ -1,21 +1,16 @@
 """Compile decode kernels ahead of time, for GPUs that are not here, and use what was compiled.
 
-What to compile is not listed anywhere: each case is planned and decoded as a caller would, on CPU
-tensors that planning takes for the asked architecture, with the kernels replaced by recorders. What
-they record is compiled for that architecture by the code that compiles at a launch, so signature,
-constants and cache key are those of a launch on a GPU. See ``mla aot --help``.
+Each case is planned and decoded as a caller would, and what it would launch is compiled; see
+`mla_core.compiling` and ``mla aot --help``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import os
-import pkgutil
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,26 +18,20 @@ from typing import Any
 
 import torch
 
-from mla_core import layouts
-from mla_core.arch import cpu_as
+from mla_core import compiling, layouts
 from mla_core.batch import PagedKV
 from mla_core.cache import LatentCache
+from mla_core.compiling import TARGETS, Launch, compile_launch
 from mla_core.dims import MLADims
 from mla_core.dtypes import torch_dtype
-from mla_core.errors import BackendUnavailableError, LayoutError
+from mla_core.errors import LayoutError
 from mla_core.ops import decode
 from mla_core.plan import AttentionOptions, plan_decode
+from mla_core.resources import Resources, resources_of
 from mla_triton.aot_files import MANIFEST
 from mla_triton.decode import with_config
-from mla_triton.resources import Resources, resources_of
 from mla_triton.tuning import DecodeConfig
 
-#: Triton's backend, architecture and threads of a warp.
-TARGETS: Mapping[str, tuple[str, int | str, int]] = {
-    "sm90": ("cuda", 90, 32),
-    "gfx942": ("hip", "gfx942", 64),
-    "gfx950": ("hip", "gfx950", 64),
-}
 _KERNELS = ("mla_core.kernels", "mla_triton.kernels")
 #: Bytes from which AMD's compiler no longer counts on 32-bit offsets into a buffer.
 _LARGE_BYTES = 2**31
@@ -120,16 +109,6 @@ class DecodeCase:
         }
         parts += sorted(options.features)
         return "/".join(parts + [name for name, is_asked in flags.items() if is_asked])
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A launch that was recorded instead of run."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +190,6 @@ def record(case: DecodeCase) -> list[Launch]:
     return launches
 
 
-def compile_launch(launch: Launch, arch: str) -> Any:
-    """Compile a recorded launch for an architecture; returns Triton's compiled kernel."""
-    with _target(arch):
-        return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.kwargs)
-
-
 def save(built: Sequence[Built], folder: Path) -> Path:
     """Write compiled kernels and their manifest into a folder; returns the manifest's path."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,79 +207,14 @@ def save(built: Sequence[Built], folder: Path) -> Path:
     return manifest
 
 
-@contextmanager
-def recorded(arch: str) -> Iterator[list[Launch]]:
-    """Record launches in a block, in which planning takes the CPU for a GPU.
-
-    Yields
-    ------
-    list of Launch
-        Grows by one with each launch; nothing runs, so outputs stay as they are.
-
-    Raises
-    ------
-    BackendUnavailableError
-        Triton is missing, or its interpreter was on when it was imported.
-    """
-    told = os.environ.get("TRITON_INTERPRET")
-    found = list(kernels())
-    launches: list[Launch] = []
-    # Launchers take CPU tensors for Triton only where they believe the interpreter is on.
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        for module, name, kernel in found:
-            setattr(module, name, _Recorder(kernel, launches.append))
-        with cpu_as(arch):
-            yield launches
-    finally:
-        for module, name, kernel in found:
-            setattr(module, name, kernel)
-        if told is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = told
-
-
-@dataclass(frozen=True, slots=True)
-class _Recorder:
-    """Stands in a module for its kernel: launchers look it up there when they launch."""
-
-    kernel: Any
-    add: Callable[[Launch], None]
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **kwargs: self.add(Launch(self.kernel, grid, args, kwargs))
+def recorded(arch: str) -> AbstractContextManager[list[Launch]]:
+    """Record the launches of decode in a block; see `mla_core.compiling.recorded`."""
+    return compiling.recorded(arch, *_KERNELS)
 
 
 def kernels() -> Iterator[tuple[ModuleType, str, Any]]:
-    """Import every kernel, and yield each jitted function with a module and its name there.
-
-    Raises
-    ------
-    BackendUnavailableError
-        Triton is missing, or its interpreter is on.
-    """
-    try:
-        from triton.runtime.interpreter import InterpretedFunction
-        from triton.runtime.jit import JITFunction
-    except ImportError as exc:
-        raise BackendUnavailableError(
-            f'aot: triton must be importable, got {exc}; pip install "mla-triton[triton]"'
-        ) from exc
-    for package in _KERNELS:
-        for found in pkgutil.walk_packages(
-            importlib.import_module(package).__path__, f"{package}."
-        ):
-            module = importlib.import_module(found.name)
-            for name, value in list(vars(module).items()):
-                if isinstance(value, InterpretedFunction):
-                    raise BackendUnavailableError(
-                        "aot: Triton's interpreter must be off, got TRITON_INTERPRET="
-                        f"{os.environ.get('TRITON_INTERPRET', '')} when {found.name} was imported; "
-                        "unset it"
-                    )
-                if isinstance(value, JITFunction):
-                    yield module, name, value
+    """Yield every kernel of decode with its module and name; see `mla_core.compiling.kernels`."""
+    return compiling.kernels(*_KERNELS)
 
 
 def _decode(case: DecodeCase) -> None:
@@ -364,38 +272,6 @@ def _cache(case: DecodeCase, num_pages: int) -> LatentCache:
     buffers = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in specs]
     scale = torch.ones(1) if layout.needs_scale else None
     return LatentCache.bind(layout, case.dims, case.page_size, *buffers, scale=scale)
-
-
-@contextmanager
-def _target(arch: str) -> Iterator[None]:
-    """Have Triton compile for an architecture, whatever GPU is here, in a block."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    before = driver._active
-    driver.set_active(_Driver(arch, GPUTarget(*TARGETS[arch])))
-    try:
-        yield
-    finally:
-        driver._active = before
-
-
-@dataclass(frozen=True, slots=True)
-class _Driver:
-    """As much of a driver as compiling takes. Its device is a word, so that caches keep apart."""
-
-    arch: str
-    target: Any
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return self.arch
-
-    def get_current_stream(self, device: str) -> int:
-        del device
-        return 0
 
 
 def _constants(source: Any) -> dict[str, object]:

@@ -142,8 +142,6 @@ def quantise(x, factor_ptr, CODEC: tl.constexpr):
         divisor = e4m3_values(scales)
         divisor = tl.where(divisor == 0.0, 1.0, divisor)
         halves = e2m1_codes(tl.div_rn(x, divisor[:, :, None]))
-        low, high = tl.split(
-            tl.reshape(halves, (x.shape[0], x.shape[1], x.shape[2] // 2, 2))
-        )
+        low, high = tl.split(tl.reshape(halves, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
         codes = (low | (high << 4)).to(tl.uint8)
     return codes, scales

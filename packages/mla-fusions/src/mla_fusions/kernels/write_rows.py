@@ -2,7 +2,7 @@
 
 Grid (blocks of tokens, heads): a program takes ``BLOCK_T`` tokens of one head, which for a latent
 cache is the only one, and both parts of their rows, ``a`` and ``b``: latent and rotary key, or key
-and value. What differs between formats is data, three kinds of tuples that `mla_fusions.rows` makes:
+and value. What differs between formats is data, three kinds of tuples made by `mla_fusions.rows`:
 
 - ``SHAPE``: elements of a row, and the tile that covers them: how many groups, of how many elements
 - ``CODEC``: how a row is quantised; see `mla_fusions.kernels._quantise`
@@ -33,10 +33,9 @@ def token_offsets(o, PLACE: tl.constexpr):
 @triton.jit
 def element_offsets(e, PLACE: tl.constexpr):
     """Return the offset of each element of a row, in elements."""
-    if PLACE[5] == 1:
-        offsets = e * PLACE[6]
-    else:
-        offsets = e // PLACE[5] * PLACE[6] + e % PLACE[5] * PLACE[7]
+    offsets = e // PLACE[5] * PLACE[6]
+    if PLACE[5] > 1:
+        offsets += e % PLACE[5] * PLACE[7]
     return offsets
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mla_core.errors import BackendUnavailableError, LayoutError
-from mla_triton.resources import LIMITS, Resources, of_amdgcn, of_usage
+from mla_core.resources import LIMITS, Resources, of_amdgcn, of_usage
 
 AMDGCN = """
 	.amdgpu_metadata

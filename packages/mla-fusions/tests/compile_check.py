@@ -1,0 +1,92 @@
+"""Compile the cache writes of an architecture: ``python compile_check.py gfx942``.
+
+Prints one JSON line for each compiled kernel, the last one about launches that are repeated. A
+process of its own, since pytest runs kernels in Triton's interpreter, which replaces what the
+compiler needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from mla_core import layouts, write_kv_cache
+from mla_core.arch import cpu_as
+from mla_core.compiling import TARGETS, compile_launch, kernels, recorded
+from mla_core.resources import resources_of
+from mla_core.testing.null_driver import null_driver
+from mla_core.testing.writes import WRITE_CASES
+
+KERNELS = "mla_fusions.kernels"
+
+
+def cases():
+    """Yield each layout with many tokens, and some with one token and other dtypes."""
+    for case in WRITE_CASES:
+        if case.name == "rows":
+            page_size = max(64, layouts.get(case.layout).page_multiple)
+            yield replace(case, page_size=page_size, num_tokens=4096)
+    for name in ("bf16", "fp8_ds656", "nvfp4_shuffled", "fp8_seg644_fnuz"):
+        case = next(case for case in WRITE_CASES if (case.name, case.layout) == ("one", name))
+        yield case
+        yield replace(case, q_dtype="fp32", num_tokens=4096)
+
+
+def write(case):
+    """Return a call that writes a case's rows."""
+    inputs = case.build()
+    cache = case.cache(inputs.memory, inputs.scale)
+    return lambda: write_kv_cache(inputs.kv_c, inputs.k_pe, cache, inputs.slots, backend="fusions")
+
+
+def check(arch):
+    """Compile and print."""
+    for case in cases():
+        call = write(case)
+        with recorded(arch, KERNELS) as launches:
+            call()
+        (launch,) = launches
+        compiled = compile_launch(launch, arch)
+        resources = resources_of(compiled)
+        asm = compiled.asm
+        result = {
+            "case": str(case),
+            "excess": resources.excess(arch),
+            "resources": asdict(resources),
+            "is_binary": (asm.get("cubin") or asm["hsaco"])[:4] == b"\x7fELF",
+        }
+        print(json.dumps(result), flush=True)
+
+
+def repeat(arch):
+    """Launch twice: the second launch skips Triton and must pass what the first one did."""
+    # Compiled, not interpreted, although the tensors are on the CPU.
+    list(kernels(KERNELS))
+    os.environ["TRITON_INTERPRET"] = "1"
+    plain, run = [], JITFunction.run
+    JITFunction.run = lambda kernel, *args, **kwargs: (
+        plain.append(kernel) or run(kernel, *args, **kwargs)
+    )
+    with cpu_as(arch), null_driver(*TARGETS[arch]) as driver:
+        call = write(next(case for case in WRITE_CASES if case.layout == "fp8_ds656"))
+        call()
+        plain.clear()
+        call()
+    first, second = driver.launches
+    same = addresses(first.args) == addresses(second.args) and first.grid == second.grid
+    print(json.dumps({"is_direct": not plain, "is_same": same, "name": second.name}))
+
+
+def addresses(args):
+    """Return arguments with tensors as their addresses."""
+    return [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+
+if __name__ == "__main__":
+    check(sys.argv[1])
+    repeat(sys.argv[1])
