@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mla_core import layouts
 from mla_core.cli.console import make_console, print_table
+from mla_core.compiling import TARGETS
 from mla_core.dims import MODELS
 from mla_core.errors import LayoutError
 from mla_core.plan import AttentionOptions
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--out", type=Path, help="folder to write; without it only the table shows")
     parser.add_argument(
-        "--arch", nargs="+", choices=tuple(aot.TARGETS), default=list(aot.TARGETS), metavar="ARCH",
-        help=f"among {', '.join(aot.TARGETS)} (default: all)",
+        "--arch", nargs="+", choices=tuple(TARGETS), default=list(TARGETS), metavar="ARCH",
+        help=f"among {', '.join(TARGETS)} (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--model", choices=sorted(MODELS), default="deepseek-v3", metavar="NAME",
