@@ -17,7 +17,7 @@ from rich.console import Console
 from mla_core import demo
 from mla_core.demo import command, report
 from mla_core.demo.server import PagedServer
-from mla_core.errors import BackendUnavailableError, LayoutError
+from mla_core.errors import BackendUnavailableError, LayoutError, UnsupportedProblemError
 
 TINY = {"size": "tiny", "steps": 9, "requests": 3, "contexts": (16, 40)}
 
@@ -32,6 +32,7 @@ def test_everything_is_checked_and_passes(tmp_path, console):
     printed = console.file.getvalue()
     assert "all checks passed" in printed
     assert "FAILED" not in printed
+    assert "expanded: prefill over keys and values of each head" in printed
     for op in ("write_kv_cache", "prefill", "decode", "decode, q_len 4", "reduce_partials"):
         assert f" {op} " in printed
     assert "torch_online_softmax" in printed
@@ -90,6 +91,26 @@ def test_a_named_backend_is_used_and_named(tmp_path, console):
     assert "use_backend(reference) is active" in console.file.getvalue()
 
 
+def test_prompts_through_decode(tmp_path, console, monkeypatch):
+    import mla_core
+
+    monkeypatch.setattr(mla_core, "prefill", None)
+    options = TINY | {"prefill": "absorbed", "steps": 4, "requests": 1}
+    assert demo.main(**options, out_dir=tmp_path, console=console) == 0
+    printed = console.file.getvalue()
+    assert " decode of prompts " in printed
+    assert "absorbed: prompts through decode" in printed
+    assert "over keys and values of each head" not in printed
+
+
+def test_a_missing_prefill_names_the_way_out(tmp_path, console, install_backend):
+    row = "features=frozenset({'lse'})"
+    install_backend("decoder", module="decoder_module", row=row)
+    with pytest.raises(UnsupportedProblemError, match="pass --prefill absorbed") as info:
+        demo.main(**TINY, out_dir=tmp_path, backend="decoder", console=console)
+    assert "prefill: no kernel for prefill on cpu" in str(info.value)
+
+
 def test_bf16_and_single_token_pages(tmp_path, console):
     options = TINY | {"dtype": "bf16", "page_size": 1}
     assert demo.main(**options, out_dir=tmp_path, console=console) == 0
@@ -110,6 +131,7 @@ def test_an_unknown_backend_is_an_error(tmp_path, console):
         ({"contexts": ()}, "demo: contexts must be >= 1, got 0"),
         ({"dtype": "fp8"}, "demo: dtype must be one of fp32, bf16, got 'fp8'"),
         ({"size": "huge"}, "demo: size must be one of small, tiny, got 'huge'"),
+        ({"prefill": "no"}, "demo: prefill must be one of expanded, absorbed, got 'no'"),
     ],
 )
 def test_bad_arguments_are_named(argument, message):

@@ -16,9 +16,12 @@ from mla_core.errors import BackendUnavailableError, LayoutError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mla_core.integrations.transformers import Prefill
+
 _NEEDS = ("transformers", "tokenizers", "rich", "matplotlib")
 _DTYPES = ("fp32", "bf16")
 _SIZES = ("small", "tiny")
+_PREFILLS = ("expanded", "absorbed")
 
 
 def main(
@@ -33,6 +36,7 @@ def main(
     seed: int = 0,
     size: str = "small",
     contexts: Sequence[int] = (128, 512, 1024, 2048, 4096),
+    prefill: Prefill = "expanded",
     console: Console | None = None,
 ) -> int:
     """Run the demo.
@@ -59,6 +63,9 @@ def main(
         "small" has DeepSeek-V3's attention widths; "tiny" is for tests.
     contexts : sequence of int
         Context lengths of the figure.
+    prefill : "expanded" or "absorbed"
+        How prompts run: through `mla_core.prefill` over keys and values of each head, or through
+        `mla_core.decode` over the latent cache, which needs no other kernel and is more work.
     console : rich Console, optional
 
     Returns
@@ -71,6 +78,9 @@ def main(
         transformers, rich or matplotlib is missing.
     LayoutError
         An argument is outside what is listed above.
+    UnsupportedProblemError
+        None of the backends has a kernel for an op; for want of one for ``prefill`` the message
+        names ``prefill="absorbed"``.
     """
     if missing := [name for name in _NEEDS if find_spec(name) is None]:
         raise BackendUnavailableError(
@@ -85,7 +95,11 @@ def main(
     ):
         if value < least:
             raise LayoutError(f"demo: {name} must be >= {least}, got {value}")
-    for name, word, words in (("dtype", dtype, _DTYPES), ("size", size, _SIZES)):
+    for name, word, words in (
+        ("dtype", dtype, _DTYPES),
+        ("size", size, _SIZES),
+        ("prefill", prefill, _PREFILLS),
+    ):
         if word not in words:
             raise LayoutError(f"demo: {name} must be one of {', '.join(words)}, got {word!r}")
 
@@ -107,5 +121,6 @@ def main(
         seed=seed,
         size=size,
         contexts=tuple(contexts),
+        prefill=prefill,
     )
     return run(options, console)

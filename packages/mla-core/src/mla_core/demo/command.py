@@ -26,6 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page-size", type=int, default=16, help="tokens per cache page")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", default="small", choices=("small", "tiny"))
+    parser.add_argument(
+        "--prefill",
+        default="expanded",
+        choices=("expanded", "absorbed"),
+        help="prompts run over keys and values of each head, or through decode (default: "
+        "%(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
         return demo.main(**vars(options))

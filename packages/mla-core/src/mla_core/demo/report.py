@@ -128,7 +128,7 @@ def print_verdict(console: Console, failures: Sequence[str]) -> None:
         console.print("all checks passed", style="bold green")
 
 
-def plot(path: Path, points: Sequence[SweepPoint], memory: Memory) -> None:
+def plot(path: Path, points: Sequence[SweepPoint], memory: Memory, prefill: str) -> None:
     """Write the two-panel figure: cache memory and step time over context length."""
     import matplotlib as mpl
 
@@ -137,6 +137,7 @@ def plot(path: Path, points: Sequence[SweepPoint], memory: Memory) -> None:
 
     contexts = [point.context for point in points]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure.suptitle(f"Decode from the latent cache; prompts ran by {prefill} prefill", fontsize=9)
     for label, size, style in (
         ("expanded heads (MHA)", memory.expanded, "o--"),
         ("latent cache (mla_core)", memory.latent, "o-"),

@@ -15,10 +15,15 @@ from mla_core.demo.session import Options, Session
 from mla_core.demo.sweep import SweepPoint, measure
 from mla_core.dims import MLADims
 from mla_core.dtypes import torch_dtype
+from mla_core.errors import UnsupportedProblemError
 from mla_core.problem import Problem
 from mla_core.reduce import default_backend
 from mla_core.select import select, use_backend
 
+_PREFILLS = {
+    "expanded": "expanded: prefill over keys and values of each head",
+    "absorbed": "absorbed: prompts through decode",
+}
 _PROGRESS_COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -37,14 +42,15 @@ def run(options: Options, console: Console) -> int:
         console.print(
             f"{options.requests} requests at a time, {len(session.waiting)} waiting; "
             f"{session.num_pages} pages of {options.page_size} tokens, {options.dtype} on "
-            f"{session.ours_model.device}"
+            f"{session.ours_model.device}, {options.prefill} prefill"
         )
+        _require_prefill(session)
         with Progress(*_PROGRESS_COLUMNS, console=console) as progress:
             _serve(session, progress)
             points = _sweep(session, progress)
         memory, ops = memory_of(session), ops_of(session)
     path = options.out_dir / "latent_cache.png"
-    report.plot(path, points, memory)
+    report.plot(path, points, memory, options.prefill)
     report.print_texts(console, texts_of(session))
     report.print_ops(console, ops)
     report.print_summary(
@@ -54,6 +60,7 @@ def run(options: Options, console: Console) -> int:
         check=session.check,
         merge=session.merge,
         notes=[
+            ("prefill", _PREFILLS[options.prefill]),
             ("tokens generated", str(session.num_decoded)),
             ("drafts accepted, per request", " ".join(session.acceptance)),
             ("pages used again after a release", str(session.num_reused_pages)),
@@ -119,23 +126,11 @@ def ops_of(session: Session) -> list[report.OpReport]:
     write = Problem(
         "write_kv_cache", arch_of(device), dtype, kv_dtype, dims, family, cache.page_size
     )
-    expanded = MLADims(
-        dims.num_heads,
-        qk_rope_head_dim=0,
-        qk_nope_head_dim=dims.qk_head_dim,
-        v_head_dim=dims.v_head_dim,
-    )
-    prefill = Problem(
-        "prefill",
-        arch_of(device),
-        dtype,
-        dtype,
-        expanded,
-        "expanded",
-        features=frozenset({"lse"}),
-    )
+    problems = [write]
+    if session.options.prefill == "expanded":
+        problems.append(_prefill_problem(session))
     rows = []
-    for problem in (write, prefill):
+    for problem in problems:
         choice = select(problem)
         rows.append(
             report.OpReport(
@@ -149,6 +144,31 @@ def ops_of(session: Session) -> list[report.OpReport]:
     because = f"{merge} is the reduce of {device.type} tensors"
     rows.append(report.OpReport("reduce_partials", merge, f"{merge} reduce", because))
     return rows
+
+
+def _prefill_problem(session: Session) -> Problem:
+    dims, arch = session.cache.dims, arch_of(session.ours_model.device)
+    expanded = MLADims(
+        dims.num_heads,
+        qk_rope_head_dim=0,
+        qk_nope_head_dim=dims.qk_head_dim,
+        v_head_dim=dims.v_head_dim,
+    )
+    dtype, features = session.options.dtype, frozenset({"lse"})
+    return Problem("prefill", arch, dtype, dtype, expanded, "expanded", features=features)
+
+
+def _require_prefill(session: Session) -> None:
+    """Refuse to start without a kernel for the prompts, and say how to do without."""
+    if session.options.prefill == "absorbed":
+        return
+    try:
+        select(_prefill_problem(session))
+    except UnsupportedProblemError as exc:
+        raise UnsupportedProblemError(
+            "demo: prefill must be absorbed where no backend has a kernel for prefill, got "
+            f"expanded; pass --prefill absorbed, or name one more backend. {exc}"
+        ) from exc
 
 
 def memory_of(session: Session) -> report.Memory:

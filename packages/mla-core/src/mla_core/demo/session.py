@@ -16,7 +16,7 @@ from mla_core.demo.model import SIZES, build_pair
 from mla_core.demo.pages import PagePool, Request
 from mla_core.demo.server import EagerServer, PagedServer, Stopwatch
 from mla_core.dtypes import torch_dtype
-from mla_core.integrations.transformers import PagedLatentCache
+from mla_core.integrations.transformers import PagedLatentCache, Prefill
 from mla_core.plan import DecodePlan
 
 #: Largest accepted logit difference, relative to the spread of a token's logits.
@@ -40,6 +40,7 @@ class Options:
     seed: int
     size: str
     contexts: tuple[int, ...]
+    prefill: Prefill
 
 
 class Session:
@@ -70,6 +71,7 @@ class Session:
             layout=options.dtype,
             q_dtype=dtype,
             device=self.ours_model.device,
+            prefill=options.prefill,
         )
         self.ours = PagedServer(self.ours_model, self.cache, PagePool(self.num_pages, options.seed))
         self.eager = EagerServer(self.eager_model)
@@ -99,6 +101,8 @@ class Session:
         where = f"prefill of {', '.join(request.name for request in requests)}"
         prompts = [request.tokens for request in requests]
         ours = self.ours.feed(requests, prompts)
+        if self.cache.prefill == "absorbed":
+            self._remember_plan("decode of prompts")
         eager = self.eager.restart(prompts)
         for request, ours_logits, eager_logits in zip(requests, ours, eager, strict=True):
             self.check.compare(where, ours_logits, eager_logits)

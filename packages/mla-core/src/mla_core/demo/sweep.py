@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+import mla_core
 from mla_core.demo.check import LogitCheck
 from mla_core.demo.pages import PagePool, Request
 from mla_core.demo.server import PagedServer
@@ -61,7 +62,7 @@ def measure(
     for layer in cache.caches:
         rows = torch.randn(context, dims.latent_dim, generator=generator).to(device, dtype)
         kv_c, k_pe = rows.split((dims.kv_lora_rank, dims.qk_rope_head_dim), dim=-1)
-        layer.write(kv_c, k_pe, slots)
+        mla_core.write_kv_cache(kv_c, k_pe, layer, slots)
         history.append((kv_c[None, None], k_pe[None, None]))
 
     def step_ours() -> torch.Tensor:
