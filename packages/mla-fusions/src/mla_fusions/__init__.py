@@ -1,7 +1,7 @@
-"""Fused operations around MLA attention: RoPE and cache writes, absorbed products, norms.
+"""Operations around MLA attention in Triton: cache writes.
 
-This release is declared, installable and discovered by `mla_core`; it offers no kernel yet, and
-says so through its empty capabilities.
+Installing the package is enough: `mla_core` finds it through its entry point. Importing it loads no
+Triton.
 """
 
 from mla_fusions.__about__ import __version__

@@ -1,0 +1,214 @@
+"""How fast rows are written into a latent cache, against the bytes that must move.
+
+    python benchmarks/cache_writes.py                       one table, on the GPU at hand
+    python benchmarks/cache_writes.py --tokens 1 4096 --layouts bf16 fp8_ds656
+    python benchmarks/cache_writes.py --backends fusions,reference --json writes.json
+
+Rows are bf16 and random, slots random and distinct, pages hold 64 tokens, or as many as the layout
+needs. A call is checked byte for byte against the layout's own `pack` before it is timed. What is
+timed are replays of a CUDA graph with one call for each data set; the sets own disjoint memory and
+together exceed the last-level cache three times, unless there would be more than ``MAX_SETS``:
+then the column ``cold`` says no. ``bytes`` counts the rows and slots read and the live bytes of
+the cache written, each once. ``copy`` is a copy of as many bytes by torch, timed in the same way,
+and ``share`` the rate of the call over that of a copy of 1 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from mla_core import LatentCache, MLADims, layouts, write_kv_cache
+from mla_core.bench.ceilings import measure
+from mla_core.bench.timing import GraphClock, HostClock, summarise
+from mla_core.dtypes import torch_dtype
+from mla_core.errors import MLAError
+
+LAYOUTS = (
+    *("bf16", "fp8", "fp8_seg656", "fp8_seg644", "fp8_ds656", "fp8_seg576", "fp8_ds32"),
+    *("v4_nm", "v4_584", "shuffled_bf16", "shuffled_fp8", "nvfp4_shuffled", "indexer"),
+)
+TOKENS = (1, 16, 128, 1024, 4096, 16384, 65536)
+MAX_SETS = 512
+SAMPLES = 9
+#: Where no other is known.
+CACHE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table; ``gbps`` are bytes over the median."""
+
+    layout: str
+    tokens: int
+    backend: str
+    bytes: int
+    num_sets: int
+    is_cold: bool
+    median_us: float
+    p10_us: float
+    p90_us: float
+    gbps: float
+    copy_us: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Data:
+    """One data set: a cache, and rows with their slots."""
+
+    cache: LatentCache
+    kv_c: torch.Tensor
+    k_pe: torch.Tensor
+    slots: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a call must move."""
+        live = self.cache.layout.live_bytes_per_token(self.cache.dims) * len(self.slots)
+        return live + sum(each.numel() * each.element_size() for each in self.inputs)
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What a call reads."""
+        return self.kv_c, self.k_pe, self.slots
+
+    def write(self, backend: str) -> torch.Tensor:
+        """Call the op."""
+        write_kv_cache(self.kv_c, self.k_pe, self.cache, self.slots, backend=backend)
+        return self.cache.buffers[0]
+
+
+def main() -> int:
+    """Print the table; return 1 when a call wrote something else than the reference."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=layouts.names())
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--backends", default="fusions")
+    parser.add_argument("--device", default="cuda" if has_gpu else "cpu")
+    parser.add_argument("--json", help="file to write the results to, one list")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    ceiling = measure(device, "bf16", megabytes=None if device.type == "cuda" else 16).gbps
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"torch {torch.__version__} on {name}, {ceiling:.0f} GB/s at most")
+    print(
+        f"{'layout':<18} {'tokens':>6}  {'backend':<10} {'bytes':>11} {'cold':>4} {'us':>9} "
+        f"{'p10':>9} {'p90':>9} {'GB/s':>7} {'copy us':>9} {'share':>6}"
+    )
+    results, is_right = [], True
+    for layout in options.layouts:
+        for tokens in options.tokens:
+            for backend in options.backends.split(","):
+                try:
+                    result = measured(layout, tokens, backend, device, ceiling)
+                except (MLAError, AssertionError) as exc:
+                    print(f"{layout:<18} {tokens:>6}  {backend:<10} {exc}")
+                    is_right = is_right and isinstance(exc, MLAError)
+                    continue
+                results.append(result)
+                print(
+                    f"{layout:<18} {tokens:>6}  {backend:<10} {result.bytes:>11} "
+                    f"{'yes' if result.is_cold else 'no':>4} {result.median_us:>9.2f} "
+                    f"{result.p10_us:>9.2f} {result.p90_us:>9.2f} {result.gbps:>7.0f} "
+                    f"{result.copy_us:>9.2f} {result.share:>6.1%}",
+                    flush=True,
+                )
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump([asdict(result) for result in results], file, indent=1)
+    return 0 if is_right else 1
+
+
+def measured(
+    layout: str, tokens: int, backend: str, device: torch.device, ceiling: float
+) -> Result:
+    """Check one case and time it."""
+    is_gpu = device.type == "cuda"
+    cache_bytes = CACHE_BYTES
+    if is_gpu:
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    first = next(data_sets(layout, tokens, device, 1))
+    check(first, backend)
+    num_bytes = first.num_bytes
+    wanted = -(-3 * cache_bytes // num_bytes)
+    num_sets = max(2, min(MAX_SETS, wanted)) if is_gpu else 2
+    sets = list(data_sets(layout, tokens, device, num_sets))
+    copies = [
+        torch.ones(max(1, num_bytes // 2), dtype=torch.uint8, device=device)
+        for _ in range(2 * num_sets)
+    ]
+
+    def write(i: int) -> torch.Tensor:
+        return sets[i].write(backend)
+
+    def copy(i: int) -> torch.Tensor:
+        return copies[2 * i].copy_(copies[2 * i + 1])
+
+    clock = (GraphClock if is_gpu else HostClock)(write, num_sets)
+    rival = (GraphClock if is_gpu else HostClock)(copy, num_sets)
+    times, rivals = [], []
+    for _ in range(SAMPLES):
+        times.append(clock.sample())
+        rivals.append(rival.sample())
+    summary, gbps = summarise(times), num_bytes / summarise(times).median * 1e-3
+    return Result(
+        layout,
+        tokens,
+        backend,
+        num_bytes,
+        num_sets,
+        num_sets >= wanted,
+        summary.median,
+        summary.p10,
+        summary.p90,
+        gbps,
+        summarise(rivals).median,
+        gbps / ceiling,
+    )
+
+
+def data_sets(layout: str, tokens: int, device: torch.device, number: int) -> Iterator[Data]:
+    """Yield data sets that share no memory."""
+    kind = layouts.get(layout)
+    rank, rope = kind.only or (512, 64)
+    dims = MLADims(16, rank, rope, value_includes_rope=layout.startswith("v4"))
+    page_size = max(64, kind.page_multiple)
+    num_pages = -(-tokens // page_size)
+    scale = torch.full((1,), 0.02, device=device) if kind.needs_scale else None
+    generator = torch.Generator(device).manual_seed(tokens)
+    for _ in range(number):
+        cache = LatentCache.allocate(
+            kind, dims, num_pages, page_size, device=device, scale=scale, fill=0xA5
+        )
+        rows = torch.randn(tokens, rank + rope, device=device, generator=generator).bfloat16()
+        slots = torch.randperm(num_pages * page_size, device=device, generator=generator)
+        # As a model has them: the rotary part stands behind the latent, which is normed apart.
+        yield Data(cache, rows[:, :rank].contiguous(), rows[:, rank:], slots[:tokens].clone())
+
+
+def check(data: Data, backend: str) -> None:
+    """Compare all memory of the cache with what the layout's own `pack` writes on the host."""
+    data.write(backend)
+    cache, got = data.cache, [buffer.cpu() for buffer in data.cache.buffers]
+    scale = None if cache.scale is None else cache.scale.cpu()
+    wanted = LatentCache.allocate(
+        cache.layout, cache.dims, cache.num_pages, cache.page_size, scale=scale, fill=0xA5
+    )
+    wanted.write(data.kv_c.cpu(), data.k_pe.cpu(), data.slots.cpu())
+    for ours, theirs in zip(got, wanted.buffers, strict=True):
+        as_bytes = [each.view(torch_dtype("uint8")) for each in (ours, theirs)]
+        differing = int((as_bytes[0] != as_bytes[1]).sum())
+        assert not differing, f"wrote {differing} other bytes than the reference; not timed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
