@@ -10,8 +10,9 @@ import triton
 from triton import knobs
 from triton import language as tl
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mla_core.launch import forget, launch
+from mla_core.launch import Address, forget, launch, recording
 from mla_core.reduce import launch_reduce
 from mla_core.testing.null_driver import null_driver
 
@@ -25,6 +26,20 @@ def scale_kernel(out_ptr, x_ptr, count, factor, BLOCK: tl.constexpr, TWICE: tl.c
     if TWICE:
         x *= 2
     tl.store(out_ptr + i, x, mask=i < count)
+
+
+@triton.jit
+def copy_tile_kernel(out_ptr, source, count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    tile = source.load([0, 0])
+    at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out_ptr + at, tile, mask=at < count)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on the second GPU."""
+
+    def get_device(self):
+        return 1
 
 
 class Plain:
@@ -118,6 +133,150 @@ def check_plain_launches(target):
         assert driver.launches[-1].grid == driver.launches[-2].grid == (2, 3, 4)
 
 
+def check_functions(target):
+    """What a launch calls is the function in C, and not Triton's launcher in front of it."""
+    import mla_core.launch as module
+
+    with null_driver(*target) as driver:
+        x, y = torch.empty(64, 64).half(), torch.empty(64, 64).half()
+        launch(scale_kernel, (2,), x, x, 96, 2.0, BLOCK=64)
+        if target[0] == "cuda":
+            launch(copy_tile_kernel, (1,), x, descriptor_of(y), 9, ROWS=8, COLUMNS=64)
+        assert len(module._known) == len(driver.launches)
+        assert all(known.flat.function is driver.launch for known in module._known.values())
+
+
+def descriptor_of(tensor):
+    base = Address(tensor.data_ptr(), tensor.dtype)
+    return TensorDescriptor(base, [64, 64], [64, 1], [8, 64])
+
+
+def plainly(kernel, grid, *args, **constants):
+    kernel[grid](*args, **constants)
+
+
+def strip(launches):
+    return [(each.name, each.grid, each.stream, addresses(each.args)) for each in launches]
+
+
+def check_repeats(target):
+    """A repeat launches what Triton's own code would for the tensors at these addresses."""
+    pages, fixed = torch.empty(2, 64, 64).half(), torch.empty(64)
+    sets = [
+        (torch.empty(64), torch.empty(64, 64).half(), torch.empty(64, 128).half()) for _ in range(3)
+    ]
+
+    def op(go, out, x, cache):
+        go(scale_kernel, (2,), out, x, 96, 2.0, BLOCK=64)
+        go(scale_kernel, (1, 3), fixed, cache[:, 64:], 96, 2.0, BLOCK=64)
+        if target[0] == "cuda":
+            go(copy_tile_kernel, (1,), out, descriptor_of(x), 9, ROWS=8, COLUMNS=64)
+            tile = descriptor_of(pages[1])
+            go(copy_tile_kernel, (1,), fixed[16:], tile, 9, ROWS=8, COLUMNS=64)
+
+    with null_driver(*target) as driver, Plain() as plain:
+        with recording() as tape:
+            op(launch, *sets[0])
+        repeat = tape.repeat(sets[0][:2], sets[0][2:], (fixed, pages))
+        for tensors in (*sets, *sets):
+            driver.launches.clear()
+            op(plainly, *tensors)
+            expected = strip(driver.launches)
+            driver.launches.clear()
+            count = plain.count
+            assert repeat(addresses(tensors))
+            assert plain.count == count
+            assert strip(driver.launches) == expected
+        last = strip(driver.launches)
+        for function, args in repeat.calls(addresses(sets[-1])):
+            function(*args)
+        assert strip(driver.launches)[len(last) :] == last
+
+        seen = []
+        knobs.runtime.launch_exit_hook.add(seen.append)
+        assert not repeat(addresses(sets[1]))
+        knobs.runtime.launch_exit_hook.remove(seen.append)
+        scale_kernel.pre_run_hooks.append(seen.append)
+        assert not repeat(addresses(sets[1]))
+        scale_kernel.pre_run_hooks.clear()
+        assert repeat(addresses(sets[1]))
+        forget()
+        assert not repeat(addresses(sets[1]))
+        assert not seen
+
+
+def check_what_cannot_be_repeated():
+    x, y, hidden = (torch.empty(200) for _ in range(3))
+
+    def record(*tensors, given=(x, y), whole=(), fixed=(), **constants):
+        with recording() as tape:
+            launch(scale_kernel, (2,), *tensors, 96, 2.0, BLOCK=64, **constants)
+        return tape.repeat(given, whole, fixed)
+
+    with null_driver(*TARGETS[0]):
+        for _ in range(2):
+            assert record(x, y) is not None
+        assert record(x, x[:64]) is not None
+        # None of those that were named, and several of them.
+        assert record(x, hidden) is None
+        assert record(x, x[32:]) is None
+        assert record(x, x[32:], given=(y,), whole=(x,)) is not None
+        assert record(x, x[32:], given=(y,), whole=(x, x)) is None
+        assert record(x, y, given=(x, y, y)) is None
+        assert record(x, y, given=(x,), fixed=(y,)) is not None
+        assert record(x, y[32:], given=(x,), fixed=(y,)) is not None
+        assert record(x, y, fixed=(y,)) is None
+        # An empty tensor is nowhere.
+        assert record(x, y[:0], given=(x,)) is not None
+        assert record(x, y[:0], given=(x, y[:0], y[:0])) is None
+        # What Triton launches by itself: somebody watches, or a constant has no hash.
+        assert record(x, y, extern_libs={}) is None
+        scale_kernel.pre_run_hooks.append(lambda *args, **kwargs: None)
+        assert record(x, y) is None
+        scale_kernel.pre_run_hooks.clear()
+        # Nothing is recorded outside of the block, and nothing twice.
+        with recording() as outer:
+            assert record(x, y) is not None
+            launch(scale_kernel, (2,), x, y, 96, 2.0, BLOCK=64)
+        launch(scale_kernel, (2,), hidden, y, 96, 2.0, BLOCK=64)
+        assert len(outer.repeat((x, y), (), ()).steps) == 1
+
+
+def check_other_devices(target):
+    """Launches happen on the device of their tensors, which is then left again."""
+    here = torch.empty(64)
+    there, also_there = (torch.empty(64).as_subclass(Elsewhere) for _ in range(2))
+    with null_driver(*target) as driver:
+        home = driver.get_current_device()
+        with recording() as tape:
+            launch(scale_kernel, (2,), there, there, 60, 2.0, BLOCK=64)
+        repeat = tape.repeat((there,), (), ())
+        launch(scale_kernel, (2,), there, there, 60, 2.0, BLOCK=64)
+        launch(scale_kernel, (2,), out_ptr=there, x_ptr=here, count=60, factor=2.0, BLOCK=64)
+        assert repeat([also_there.data_ptr()])
+        launch(scale_kernel, (2,), here, here, 60, 2.0, BLOCK=64)
+        assert [each.stream for each in driver.launches] == [1, 1, 1, 1, 0]
+        assert driver.launches[3].args[0] == also_there.data_ptr()
+        assert driver.get_current_device() == home
+        try:
+            launch(scale_kernel, (2,), there, there, object(), 2.0, BLOCK=64)
+        except Exception:
+            assert driver.get_current_device() == home
+        else:
+            raise AssertionError("an object is no argument")
+        # Those who are there already stay.
+        driver.set_current_device(1)
+        driver.set_current_device = None
+        driver.get_current_device = lambda: 1
+        driver.get_current_stream = lambda device: 10 + device
+        launch(scale_kernel, (2,), there, there, 60, 2.0, BLOCK=64)
+        forget()
+        with recording() as tape:
+            launch(scale_kernel, (2,), there, there, 60, 2.0, BLOCK=64)
+        assert tape.repeat((there,), (), ())([there.data_ptr()])
+        assert [each.stream for each in driver.launches[5:]] == [11, 11, 11]
+
+
 def check_bound():
     """A process that launches too much starts over."""
     import mla_core.launch as module
@@ -137,5 +296,9 @@ if __name__ == "__main__":
         check_same_launches(each)
         check_what_tells_launches_apart(each)
         check_plain_launches(each)
+        check_functions(each)
+        check_repeats(each)
+        check_other_devices(each)
+    check_what_cannot_be_repeated()
     check_bound()
     print("launches agree")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class LatentCache:
     _views: dict[str, torch.Tensor] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
+    _kind: list[object] = field(init=False, repr=False, compare=False, default_factory=list)
 
     @classmethod
     def allocate(
@@ -138,6 +140,19 @@ class LatentCache:
     def device(self) -> torch.device:
         """Where the buffers are."""
         return self.buffers[0].device
+
+    @property
+    def kind(self) -> object:
+        """An object for all that caches have in common which differ in their memory alone.
+
+        Layout, dims, page size, device, and shapes, strides and dtypes of the buffers and the
+        scale. Cheap to compare and to hash.
+        """
+        if not self._kind:
+            tensors = self.buffers if self.scale is None else (*self.buffers, self.scale)
+            looks = tuple((it.shape, it.stride(), it.dtype, it.device) for it in tensors)
+            self._kind.append(_kind_of(self.layout, self.dims, self.page_size, looks))
+        return self._kind[0]
 
     def field(self, name: str) -> torch.Tensor:
         """View one field in place, ``[num_pages, *token digits, *element digits, *copies]``.
@@ -276,6 +291,13 @@ class LatentCache:
                     f"{op}: slots must be below {self.num_slots} ({self.num_pages} pages of "
                     f"{self.page_size}), got {largest}"
                 )
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind_of(*description: object) -> object:
+    """Return one object for equal descriptions."""
+    del description
+    return object()
 
 
 def _layout(layout: str | Layout) -> Layout:

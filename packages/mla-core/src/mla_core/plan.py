@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -168,8 +169,8 @@ class DecodePlan:
     tables : mapping of str to Tensor
         The schedule's tables on the batch's device; of a persistent plan, its work list.
     memo : dict
-        What ops and backends remember of the calls with this plan, such as the shapes that were
-        checked. Grows by little, since calls with one plan resemble each other.
+        What ops remember of the calls with this plan: which were checked, and how to repeat them.
+        Grows by little, since calls with one plan resemble each other.
     """
 
     request: PlanRequest
@@ -180,7 +181,7 @@ class DecodePlan:
     workspace: Mapping[str, torch.Tensor]
     choice: Choice | None = None
     tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    memo: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+    memo: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def options(self) -> AttentionOptions:

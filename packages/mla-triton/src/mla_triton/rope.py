@@ -112,7 +112,9 @@ def kernel_constants(
     fused = options.rope
     steps, where = [*k_pe.stride()[:2]], 0
     if new_keys is not None:
-        steps.append((new_keys.data_ptr() - k_pe.data_ptr()) // k_pe.element_size())
+        # Repeats of a launch know of addresses no more than this.
+        apart = (new_keys.data_ptr() - k_pe.data_ptr()) % 16 or 16
+        steps.append(apart // k_pe.element_size())
         steps.append(new_keys.stride(0))
         where = 2 if arch_of(k_pe.device).startswith("gfx") else 1
     return {

@@ -13,6 +13,7 @@ import importlib.util
 import torch
 
 from mla_core.errors import BackendUnavailableError, LayoutError
+from mla_core.launch import launch
 from mla_core.metadata.profile import DeviceProfile, ceil_div
 from mla_core.metadata.ragged import check_index_tensors, check_one_kv_head, check_units
 from mla_core.metadata.sizes import decode_sizes
@@ -130,7 +131,9 @@ def plan_v1_2_device(
     }
     overhead = overhead_blocks(page_size)
     max_pages = ceil_div(topk, page_size) if is_sparse else 0
-    request_prefix_kernel[(1,)](
+    launch(
+        request_prefix_kernel,
+        (1,),
         cost_before,
         tiles_before,
         qo_indptr,
@@ -142,7 +145,9 @@ def plan_v1_2_device(
         overhead,
         **shape_args,
     )
-    deal_kernel[(1,)](
+    launch(
+        deal_kernel,
+        (1,),
         buffers.work_indptr,
         cut_tile,
         cut_page,
@@ -165,7 +170,9 @@ def plan_v1_2_device(
         num_warps=1,
     )
     lengths = [getattr(buffers, name).shape[0] for name in sizes.shapes]
-    fill_kernel[(ceil_div(max(lengths), _BLOCK),)](
+    launch(
+        fill_kernel,
+        (ceil_div(max(lengths), _BLOCK),),
         buffers.work_indptr,
         buffers.work_info,
         buffers.reduce_indptr,
