@@ -5,5 +5,23 @@ Triton.
 """
 
 from mla_fusions.__about__ import __version__
+from mla_fusions.head_writers import (
+    reshape_and_cache,
+    reshape_and_cache_flash,
+    reshape_and_cache_with_pertoken_quant,
+)
+from mla_fusions.latent_writers import (
+    cat_and_cache_mla,
+    concat_and_cache_mla,
+    concat_and_cache_mla_seg,
+)
 
-__all__ = ["__version__"]
+__all__ = [
+    "__version__",
+    "cat_and_cache_mla",
+    "concat_and_cache_mla",
+    "concat_and_cache_mla_seg",
+    "reshape_and_cache",
+    "reshape_and_cache_flash",
+    "reshape_and_cache_with_pertoken_quant",
+]
