@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from triton.runtime.jit import JITFunction
@@ -21,6 +22,12 @@ from mla_core.compiling import TARGETS, compile_launch, kernels, recorded
 from mla_core.resources import resources_of
 from mla_core.testing.null_driver import null_driver
 from mla_core.testing.writes import WRITE_CASES
+from mla_fusions import (
+    reshape_and_cache,
+    reshape_and_cache_flash,
+    reshape_and_cache_with_block_quant,
+    reshape_and_cache_with_pertoken_quant,
+)
 
 KERNELS = "mla_fusions.kernels"
 
@@ -44,10 +51,41 @@ def write(case):
     return lambda: write_kv_cache(inputs.kv_c, inputs.k_pe, cache, inputs.slots, backend="fusions")
 
 
+def calls():
+    """Yield the name and the call of everything to compile."""
+    for case in cases():
+        yield str(case), write(case)
+    bf16, fp8 = torch.bfloat16, torch.uint8
+    key = torch.empty(4096, 8, 128, dtype=bf16)
+    slots = torch.arange(4096)
+    for name, dtype in (("auto", bf16), ("fp8", fp8)):
+        x = 16 // dtype.itemsize
+        keys = torch.empty(256, 8, 128 // x, 16, x, dtype=dtype)
+        values = torch.empty(256, 8, 128, 16, dtype=dtype)
+        shuffled = torch.empty(256, 8, 16 // x, 128, x, dtype=dtype)
+        flat = torch.empty(256, 16, 8, 128, dtype=dtype)
+        pages = (key, key, keys, values)
+        yield f"reshape_and_cache-{name}", partial(reshape_and_cache, *pages, slots, name)
+        yield (
+            f"flash-{name}",
+            partial(reshape_and_cache_flash, *(key, key, flat, flat), slots, name, None, None),
+        )
+    pages = (key, key, keys, shuffled)
+    scales = torch.ones(8, 4096)
+    yield (
+        "per token",
+        partial(reshape_and_cache_with_pertoken_quant, *pages, scales, scales, slots, True),
+    )
+    scales = torch.ones(256, 8)
+    yield (
+        "per block",
+        partial(reshape_and_cache_with_block_quant, *pages, scales, scales, slots, True),
+    )
+
+
 def check(arch):
     """Compile and print."""
-    for case in cases():
-        call = write(case)
+    for name, call in calls():
         with recorded(arch, KERNELS) as launches:
             call()
         (launch,) = launches
@@ -55,7 +93,7 @@ def check(arch):
         resources = resources_of(compiled)
         asm = compiled.asm
         result = {
-            "case": str(case),
+            "case": name,
             "excess": resources.excess(arch),
             "resources": asdict(resources),
             "is_binary": (asm.get("cubin") or asm["hsaco"])[:4] == b"\x7fELF",

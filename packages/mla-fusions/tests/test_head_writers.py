@@ -131,6 +131,105 @@ def test_a_scale_for_each_token(dtype, asm_layout, seed):
         assert equal(got, want)
 
 
+def block_reference(key, value, caches, scales, slots, fp8, page_size, scale_tokens, asm_layout):
+    """Write runs of neighbours one after another, each as a whole."""
+    caches = [cache.view(fp8).float() for cache in caches]
+    scales = [each.clone() if asm_layout else each.t().clone() for each in scales]
+    limit = torch.finfo(fp8).max
+    runs = []
+    for token, slot in enumerate(slots):
+        if slot < 0:
+            continue
+        if (
+            runs
+            and runs[-1][-1][0] == token - 1
+            and runs[-1][-1][1] // scale_tokens == (slot // scale_tokens)
+        ):
+            runs[-1].append((token, slot))
+        else:
+            runs.append([(token, slot)])
+
+    def row(part, slot, head):
+        page, o = divmod(slot, page_size)
+        if part == 0:
+            return caches[0][page, head, :, o, :]
+        if not asm_layout:
+            return caches[1][page, head, :, o]
+        x = caches[1].shape[-1]
+        return caches[1][page, head, o // x, :, o % x]
+
+    for run in runs:
+        block = run[0][1] // scale_tokens
+        num_old = min(slot for _, slot in run) - block * scale_tokens
+        for part, rows_ in enumerate((key, value)):
+            for head in range(key.shape[1]):
+                new = {slot: rows_[token, head].float() for token, slot in run}
+                amax = torch.stack(list(new.values())).abs().max().clamp(min=1e-6)
+                scale = amax / torch.tensor(limit)
+                if num_old:
+                    old_scale = scales[part][block, head].clone()
+                    for slot in range(block * scale_tokens, block * scale_tokens + num_old):
+                        if old_scale < scale:
+                            place = row(part, slot, head)
+                            values = (place * old_scale / scale).clamp(-limit, limit)
+                            place.copy_(values.to(fp8).float())
+                    scale = torch.maximum(old_scale, scale)
+                scales[part][block, head] = scale
+                for slot, x in new.items():
+                    place = row(part, slot, head)
+                    values = (x / scale).clamp(-limit, limit).to(fp8).float()
+                    place.copy_(values.view(place.shape))
+    return [each.to(fp8) for each in caches], [each if asm_layout else each.t() for each in scales]
+
+
+@pytest.mark.parametrize("pages_per_scale", [1, 2])
+@pytest.mark.parametrize("asm_layout", [False, True])
+@pytest.mark.parametrize("dtype", [OCP, FNUZ, torch.uint8], ids=str)
+def test_a_scale_for_each_block(dtype, asm_layout, pages_per_scale, seed):
+    fp8 = OCP if dtype == torch.uint8 else dtype
+    caches = [
+        torch.zeros_like(cache)
+        for cache in lane_caches(dtype, 2, 48, 64, 16, asm_layout)
+        for cache in (torch.cat([cache, cache[:1]]),)
+    ]
+    shape = (4 // pages_per_scale, 2) if asm_layout else (2, 4 // pages_per_scale)
+    scales = [poisoned(*shape, dtype=torch.float32) for _ in range(2)]
+    # Prompts of 21 and 5 tokens with padding between, then larger and smaller steps, in any order.
+    steps = (
+        ([*range(21), -1, *range(32, 37)], 1.0),
+        ([22, 21, -1, 38, 37], 3.0),
+        ([23, 39], 0.5),
+    )
+    for step, factor in steps:
+        key, value = factor * rows(BF16, len(step), 2, 48), factor * rows(BF16, len(step), 2, 64)
+        key[0, 0] = 0
+        wanted = block_reference(
+            *(key.cpu(), value.cpu(), [each.cpu() for each in caches]),
+            *([each.cpu() for each in scales], step, fp8, 16, 16 * pages_per_scale, asm_layout),
+        )
+        slots = torch.tensor(step, device=DEVICE)
+        arguments = (*caches, *scales, slots, asm_layout)
+        if pages_per_scale == 1:
+            shaped = key[None], value[None]
+            mla_fusions.reshape_and_cache_with_block_quant(*shaped, *arguments)
+        else:
+            mla_fusions.reshape_and_cache_with_block_quant_for_asm_pa(key, value, *arguments, 32)
+        for got, want in zip((*caches, *scales), (*wanted[0], *wanted[1]), strict=True):
+            assert equal(got, want)
+
+
+def test_blocks_without_their_scales_are_refused():
+    key, caches = torch.zeros(4, 2, 16), [torch.zeros(3, 2, 1, 8, 16), torch.zeros(3, 2, 16, 8)]
+    caches = [cache.to(OCP) for cache in caches]
+    arguments = (key, key, *caches, torch.ones(2, 3), torch.ones(2, 2), torch.arange(4), False)
+    with pytest.raises(LayoutError, match=r"v_dequant_scales must be \[2, 3\], got"):
+        mla_fusions.reshape_and_cache_with_block_quant(*arguments)
+    with pytest.raises(LayoutError, match="must be a multiple of the block size 8, got 12"):
+        mla_fusions.reshape_and_cache_with_block_quant_for_asm_pa(*arguments, 12)
+    with pytest.raises(LayoutError, match="must have a multiple of 2 blocks, got 3"):
+        mla_fusions.reshape_and_cache_with_block_quant_for_asm_pa(*arguments, 16)
+
+
 def test_nothing_to_write():
     key, caches = rows(BF16, 0, 2, 16), lane_caches(BF16, 2, 16, 16, 8, False)
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)

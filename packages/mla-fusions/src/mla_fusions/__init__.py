@@ -8,6 +8,8 @@ from mla_fusions.__about__ import __version__
 from mla_fusions.head_writers import (
     reshape_and_cache,
     reshape_and_cache_flash,
+    reshape_and_cache_with_block_quant,
+    reshape_and_cache_with_block_quant_for_asm_pa,
     reshape_and_cache_with_pertoken_quant,
 )
 from mla_fusions.latent_writers import (
@@ -23,5 +25,7 @@ __all__ = [
     "concat_and_cache_mla_seg",
     "reshape_and_cache",
     "reshape_and_cache_flash",
+    "reshape_and_cache_with_block_quant",
+    "reshape_and_cache_with_block_quant_for_asm_pa",
     "reshape_and_cache_with_pertoken_quant",
 ]

@@ -16,6 +16,7 @@ from mla_core.arch import arch_of
 from mla_core.checks import check_tensor
 from mla_core.dtypes import dtype_name, itemsize
 from mla_core.errors import LayoutError, UnsupportedProblemError
+from mla_core.launch import launch
 from mla_core.layouts import Digit, Field
 from mla_core.layouts.codecs import Cast, Codec, PerTensor, TokenScaled
 from mla_fusions import rows
@@ -23,6 +24,8 @@ from mla_fusions.backend import probe
 from mla_fusions.latent_writers import FP8_WORDS, ROWS, SLOTS, as_scale, fp8_suffix
 
 _MAX_WIDTH = 1024
+#: Elements of the tile that blocks are written by.
+_TILE = 2048
 
 
 def reshape_and_cache(
@@ -173,6 +176,162 @@ def reshape_and_cache_with_pertoken_quant(
                 f"{tuple(each.shape)}; every slot has a scale"
             )
     _write(op, key, value, caches, 1, fields, codec, slot_mapping, scales=scales)
+
+
+def reshape_and_cache_with_block_quant(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    k_dequant_scales: torch.Tensor,
+    v_dequant_scales: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    asm_layout: bool,
+) -> None:
+    """Write fp8 keys and values with a scale for each head of each block, which may grow.
+
+    Call-compatible with the op of the same name in ROCm/aiter. A block is filled from its
+    beginning. Where new tokens have larger numbers than its scale allows for, the scale grows and
+    the tokens before them are quantised again; the first tokens of a block set its scale anew.
+
+    Parameters
+    ----------
+    key : [batch, seq, h, d] or [T, h, d], bf16, fp16 or fp32, last dim contiguous
+    value : [batch, seq, h, dv] or [T, h, dv], like ``key``
+    key_cache, value_cache, asm_layout
+        As in `reshape_and_cache`, fp8 or uint8.
+    k_dequant_scales, v_dequant_scales : [h, num_blocks], fp32, read and written
+        With ``asm_layout`` [num_blocks, h]. ``real = stored * scale``.
+    slot_mapping : [T], int64 or int32
+        ``block * block_size + offset``, distinct; one outside the cache skips its token. Tokens of
+        one block must stand together.
+
+    Raises
+    ------
+    LayoutError, BackendUnavailableError, UnsupportedProblemError
+
+    Notes
+    -----
+    Differences from aiter: any number of tokens of each sequence, in any order inside a block;
+    divided by the scale, not multiplied by its rounded reciprocal; fp8 saturates. int8 caches are
+    refused.
+    """
+    _write_blocks(
+        "reshape_and_cache_with_block_quant",
+        *(key, value, key_cache, value_cache, k_dequant_scales, v_dequant_scales, slot_mapping),
+        asm_layout,
+        key_cache.shape[3] if key_cache.ndim == 5 else 1,
+    )
+
+
+def reshape_and_cache_with_block_quant_for_asm_pa(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    k_dequant_scales: torch.Tensor,
+    v_dequant_scales: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    asm_layout: bool,
+    ori_block_size: int = 128,
+) -> None:
+    """Write as `reshape_and_cache_with_block_quant`, with a scale for several blocks.
+
+    Call-compatible with the op of the same name in ROCm/aiter.
+
+    Parameters
+    ----------
+    key, value, key_cache, value_cache, slot_mapping, asm_layout
+        As in `reshape_and_cache_with_block_quant`.
+    k_dequant_scales, v_dequant_scales : [h, num_blocks * block_size / ori_block_size], fp32
+        With ``asm_layout`` [num_blocks * block_size / ori_block_size, h].
+    ori_block_size : int
+        Tokens of one scale, a multiple of the block size.
+
+    Raises
+    ------
+    LayoutError, BackendUnavailableError, UnsupportedProblemError
+    """
+    _write_blocks(
+        "reshape_and_cache_with_block_quant_for_asm_pa",
+        *(key, value, key_cache, value_cache, k_dequant_scales, v_dequant_scales, slot_mapping),
+        asm_layout,
+        ori_block_size,
+    )
+
+
+def _write_blocks(
+    op: str,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    k_scales: torch.Tensor,
+    v_scales: torch.Tensor,
+    slots: torch.Tensor,
+    is_shuffled: bool,
+    scale_tokens: int,
+) -> None:
+    """Check and launch; ``scale_tokens`` is the number of tokens of a scale."""
+    if key.ndim == 4 and value.ndim == 4:
+        key, value = key.flatten(0, 1), value.flatten(0, 1)
+    page_size = _check_rows(op, key, value, key_cache, slots)
+    caches = _bytes(op, key, "fp8", key_cache, value_cache)
+    codec = _codec(op, key, "fp8", key_cache)
+    fields = _lane_fields(op, key, value, caches, page_size, codec, is_shuffled=is_shuffled)
+    num_blocks, heads, num_tokens = key_cache.shape[0], key.shape[1], slots.shape[0]
+    if scale_tokens < page_size or scale_tokens % page_size:
+        raise LayoutError(
+            f"{op}: ori_block_size must be a multiple of the block size {page_size}, got "
+            f"{scale_tokens}"
+        )
+    num_scales = num_blocks * page_size // scale_tokens
+    if num_scales * scale_tokens != num_blocks * page_size:
+        raise LayoutError(
+            f"{op}: key_cache must have a multiple of {scale_tokens // page_size} blocks, got "
+            f"{num_blocks}"
+        )
+    scales = []
+    for name, each in (("k_dequant_scales", k_scales), ("v_dequant_scales", v_scales)):
+        shape = (num_scales, heads) if is_shuffled else (heads, num_scales)
+        check_tensor(op, name, each, shape=shape, dtypes=(torch.float32,), device=key.device)
+        scales.append(each if is_shuffled else each.t())
+    if not num_tokens or not num_blocks:
+        return
+    arch = arch_of(key.device)
+    _require_kernel(op, arch)
+    # Imported at the first launch: Triton costs a second and may be absent.
+    from mla_fusions.kernels.write_blocks import write_blocks_kernel
+
+    parts = [rows.part_of(f.name, codec, f.width, f, None, arch) for f in fields]
+    _, bias, is_native, _ = parts[0].codec
+    launch(
+        write_blocks_kernel,
+        (num_tokens, heads),
+        key,
+        value,
+        slots,
+        *caches,
+        *scales,
+        num_tokens,
+        num_blocks * page_size,
+        *(stride for part in (key, value) for stride in part.stride()[:2]),
+        *(stride for cache in caches for stride in cache.stride()[:2]),
+        *(stride for each in scales for stride in each.stride()),
+        PAGE_SIZE=page_size,
+        SCALE_TOKENS=scale_tokens,
+        BLOCK_S=rows.power_of_two(scale_tokens),
+        K_WIDTH=key.shape[2],
+        K_BLOCK=parts[0].shape[2],
+        K_PLACE=parts[0].place,
+        V_WIDTH=value.shape[2],
+        V_BLOCK=parts[1].shape[2],
+        V_PLACE=parts[1].place,
+        CHUNK=max(1, min(16, _TILE // max(part.shape[2] for part in parts))),
+        BIAS=bias,
+        IS_NATIVE=is_native,
+        num_warps=4,
+    )
 
 
 def _check_rows(

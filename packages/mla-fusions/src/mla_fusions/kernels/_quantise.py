@@ -68,13 +68,18 @@ def fp8_codes(x, BIAS: tl.constexpr, IS_NATIVE: tl.constexpr):
 
 
 @triton.jit
-def e4m3_values(codes):
-    """Return the fp32 values of non-negative e4m3 bytes; 0x7F is NaN."""
+def fp8_values(codes, BIAS: tl.constexpr):
+    """Return the fp32 values of fp8 bytes; ``BIAS`` as in `fp8_codes`."""
     codes = codes.to(tl.int32)
-    normal = ((codes + ((127 - 7) << 3)) << 20).to(tl.float32, bitcast=True)
-    small = codes.to(tl.float32) * 0.001953125  # 2 ** -9
-    values = tl.where(codes < 8, small, normal)
-    return tl.where(codes == 0x7F, float("nan"), values)
+    magnitude = codes & 0x7F
+    normal = ((magnitude + ((127 - BIAS) << 3)) << 20).to(tl.float32, bitcast=True)
+    STEP: tl.constexpr = 2.0 ** (-2 - BIAS)
+    values = tl.where(magnitude < 8, magnitude.to(tl.float32) * STEP, normal)
+    # By its bit, since Triton subtracts from 0 to negate, which has no negative zero.
+    bits = values.to(tl.int32, bitcast=True) | ((codes & 0x80) << 24)
+    values = bits.to(tl.float32, bitcast=True)
+    is_nan = magnitude == 0x7F if BIAS == 7 else codes == 0x80
+    return tl.where(is_nan, float("nan"), values)
 
 
 @triton.jit
@@ -139,7 +144,7 @@ def quantise(x, factor_ptr, CODEC: tl.constexpr):
         tl.static_assert(KIND == NVFP4)
         scales = fp8_codes(tl.div_rn(largest(x), 6.0), 7, IS_NATIVE)
         # Against the rounded scale, so that the pair is consistent.
-        divisor = e4m3_values(scales)
+        divisor = fp8_values(scales, 7)
         divisor = tl.where(divisor == 0.0, 1.0, divisor)
         halves = e2m1_codes(tl.div_rn(x, divisor[:, :, None]))
         low, high = tl.split(tl.reshape(halves, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
