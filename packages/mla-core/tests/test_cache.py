@@ -35,6 +35,25 @@ def test_allocate_is_zero_and_describes_itself() -> None:
     assert not cache.buffers[0].any()
 
 
+def test_caches_of_a_kind_differ_in_their_memory_alone() -> None:
+    def allocate(layout="bf16", dims=DIMS, pages=3, page_size=16, scale=None):
+        return LatentCache.allocate(layout, dims, pages, page_size, scale=scale)
+
+    cache = allocate()
+    assert cache.kind is cache.kind is allocate().kind
+    apart = LatentCache.bind("bf16", DIMS, 16, torch.zeros(3, 32, 576).bfloat16()[:, :16])
+    others = [
+        allocate("fp16"),
+        allocate(dims=MLADims(16, 256)),
+        allocate(pages=4),
+        allocate(page_size=8),
+        apart,
+        allocate("fp8", scale=SCALE),
+    ]
+    assert len({cache.kind, *(other.kind for other in others)}) == 7
+    assert others[-1].kind is allocate("fp8", scale=SCALE.clone()).kind
+
+
 @pytest.mark.parametrize("name", layouts.names())
 def test_fill_is_a_byte(name: str) -> None:
     layout = layouts.get(name)

@@ -194,8 +194,9 @@ def decode(
         )
         return out if lse is None else (out, lse)
     arguments = ql_nope, q_pe, kv, plan, sm_scale, out, lse, sink, q_scale, global_kv_lens, rope
-    # Calls with one plan resemble each other; from the second on, it pays to remember one.
-    if repeats is None or not is_repeatable(plan.run) or (reads_values and (promises or rope)):
+    # Calls with one plan resemble each other: those of further layers, if not of further steps.
+    repeats = plan.memo.setdefault(seen, {})
+    if not is_repeatable(plan.run) or (reads_values and (promises or rope)):
         _run(*arguments)
     else:
         with recording() as tape:
@@ -205,8 +206,6 @@ def decode(
         if (made := tape.repeat(given, whole, fixed)) is not None:
             tensors = (*given, *whole)
             repeats[alignment(tensors, [tensor.data_ptr() for tensor in tensors])] = made
-    if repeats is None:
-        plan.memo[seen] = {}
     return out if lse is None else (out, lse)
 
 
