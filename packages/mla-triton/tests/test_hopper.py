@@ -11,21 +11,23 @@ from mla_core.dims import MLADims
 from mla_core.plan import AttentionOptions, PlanRequest
 from mla_core.problem import Problem
 from mla_triton import hopper
-from mla_triton.backend import HOPPER
+from mla_triton.backend import HOPPER_ROWS
 
 SMS = 132
 
 
-def request_of(heads, batch, length, *, mean=None, q_len=1, splits=None, features=(), rank=512):
+def request_of(
+    heads, batch, length, *, mean=None, q_len=1, splits=None, features=(), rank=512, **changes
+):
+    changes = {"q_dtype": "bf16", "kv_dtype": "bf16"} | changes
     problem = Problem(
         op="decode",
         arch="sm90",
-        q_dtype="bf16",
-        kv_dtype="bf16",
         dims=MLADims(heads, rank),
         page_size=64,
         q_len=q_len,
         features=frozenset(features),
+        **changes,
     )
     pages = -(-(mean or length) // 64) * batch
     return PlanRequest(
@@ -94,11 +96,21 @@ def test_an_invariant_plan_does_not_look_at_the_batch():
         ({"features": ["rope"]}, False),
         ({"rank": 1024}, False),
         ({"rank": 256}, True),
+        ({"kv_dtype": "fp8_e4m3"}, True),
+        ({"kv_dtype": "fp8_e4m3", "q_dtype": "fp8_e4m3", "layout": "ds656"}, True),
+        ({"kv_dtype": "fp8_e4m3", "q_dtype": "fp16", "layout": "seg576"}, True),
+        # Rotary keys in bf16 would cost such queries bits.
+        ({"kv_dtype": "fp8_e4m3", "q_dtype": "fp16", "layout": "ds656"}, False),
+        ({"kv_dtype": "fp8_e4m3", "layout": "ds32"}, False),
     ],
-    ids=["plain", "masks", "persistent", "rope", "rank-1024", "rank-256"],
+    ids=[
+        *("plain", "masks", "persistent", "rope", "rank-1024", "rank-256"),
+        *("fp8", "fp8-queries", "fp16-queries", "fp16-on-bf16-keys", "ds32"),
+    ],
 )
 def test_what_the_kernels_take(changes, takes):
-    assert (not HOPPER.why_not(request_of(16, 1, 64, **changes).problem)) == takes
+    problem = request_of(16, 1, 64, **changes).problem
+    assert any(not row.why_not(problem) for row in HOPPER_ROWS) == takes
 
 
 def cache_of(num_pages, page_stride=64 * 576):
@@ -130,7 +142,19 @@ def test_the_stride_of_a_single_row_does_not_matter():
 
 def test_a_cache_without_pages_has_no_descriptors():
     cache = cache_of(0).cache
-    assert hopper._descriptors(cache.field("kv_c"), cache.field("k_pe")) == (None, None, 0)
+    assert hopper._descriptors(cache.field("kv_c"), cache.field("k_pe")) == (None, None, 0, 0)
+
+
+@pytest.mark.parametrize(("batch", "runs"), [(128, 2), (264, 1), (64, 4)])
+def test_two_programs_over_fp8_caches_share_a_multiprocessor(batch, runs):
+    schedule = hopper.make_schedule(request_of(16, batch, 8192, kv_dtype="fp8_e4m3"), SMS)
+    assert schedule.kernel == "hopper_packed"
+    assert schedule.config["max_runs"] == runs
+
+
+def test_a_request_alone_is_cut_into_pieces_that_can_be_merged():
+    schedule = hopper.make_schedule(request_of(16, 1, 2**20, kv_dtype="fp8_e4m3"), SMS)
+    assert schedule.config["max_runs"] in (0, hopper.MAX_RUNS)
 
 
 def test_what_cannot_be_cut_has_no_partials():

@@ -25,8 +25,7 @@ _GFX942, _GFX950 = (
 _FEATURES = frozenset({"lse", "non_causal", "window", "softcap", "sink", "batch_invariant"})
 _ALL_FEATURES = _FEATURES | {"cp_round_robin", "rope", "rope_write_back"}
 _FLOATS = frozenset({"bf16", "fp16", "fp32"})
-#: The kernels of `mla_triton.hopper`; planning takes them wherever this row holds.
-HOPPER = Capability(
+_HOPPER = Capability(
     op="decode",
     kernel="hopper_decode",
     archs=frozenset({"sm90"}),
@@ -41,6 +40,26 @@ HOPPER = Capability(
     features=_FEATURES | {"cp_round_robin"},
     # An earlier state ran: benchmarks/results/sm90/tests_gpu_hopper.log.
     verified=(_COMPILED,),
+)
+_HOPPER_FP8 = replace(
+    _HOPPER,
+    kernel="hopper_decode_fp8",
+    q_dtypes=frozenset({"bf16", "fp16", "fp8_e4m3"}),
+    kv_dtypes=frozenset({"fp8_e4m3"}),
+    same_dtypes=False,
+    layouts=frozenset({"standard", "seg576"}),
+    rope_dims=frozenset({64}),
+)
+#: The kernels of `mla_triton.hopper`; planning takes them wherever one of these rows holds.
+HOPPER_ROWS = (
+    _HOPPER,
+    _HOPPER_FP8,
+    # Their rotary keys are bf16, which meets the queries' own 16 bits.
+    replace(
+        _HOPPER_FP8,
+        q_dtypes=frozenset({"bf16", "fp8_e4m3"}),
+        layouts=frozenset({"seg644", "seg656", "ds656"}),
+    ),
 )
 _DECODE = Capability(
     op="decode",
@@ -124,5 +143,5 @@ BACKEND = Backend(
         "decode": "mla_triton.decode:decode",
     },
     commands={"aot": "mla_triton.cli.aot", "tune": "mla_triton.cli.tune"},
-    capabilities=(HOPPER, *_GPU_ROWS, *map(_in_interpreter, _GPU_ROWS)),
+    capabilities=(*HOPPER_ROWS, *_GPU_ROWS, *map(_in_interpreter, _GPU_ROWS)),
 )

@@ -19,7 +19,7 @@ from mla_triton import hopper, tuning, worklist
 from mla_triton import rope as fused_rope
 from mla_triton.aot_files import install_named
 from mla_triton.arguments import kernel_constants, scale_strides, scales_of
-from mla_triton.backend import HOPPER
+from mla_triton.backend import HOPPER_ROWS
 from mla_triton.splits import INVARIANT_SPLITS, RAGGED, choose_splits, mean_tokens
 
 #: A split shorter than this many tokens costs more to merge than it saves.
@@ -50,7 +50,7 @@ def plan_decode(request: PlanRequest) -> Schedule:
     install_named(request.problem.arch)
     if "persistent" in request.problem.features:
         return make_schedule(request, worklist.choose_config(request))
-    if not HOPPER.why_not(request.problem):
+    if not all(row.why_not(request.problem) for row in HOPPER_ROWS):
         return hopper.make_schedule(request, _multiprocessors(request.device_index))
     return make_schedule(request, tuning.choose(request))
 
@@ -142,6 +142,7 @@ def decode(
             out=out,
             lse=lse,
             sink=sink,
+            q_scale=q_scale,
             global_kv_lens=global_kv_lens,
         )
         if is_done:

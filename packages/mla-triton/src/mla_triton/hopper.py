@@ -1,7 +1,7 @@
 """Dense decode on NVIDIA Hopper: choose tile and schedule, then launch the kernel and the merge.
 
-The kernels are in `mla_triton.kernels.hopper`. They take bf16 and fp16 caches of the standard
-layout and every mask; what they do not take goes to the portable kernel.
+The kernels are in `mla_triton.kernels.hopper`. They take what the rows in `mla_triton.backend` say;
+everything else goes to the portable kernel.
 """
 
 from __future__ import annotations
@@ -15,25 +15,33 @@ from typing import Any
 import torch
 
 from mla_core.batch import PagedKV
-from mla_core.dtypes import torch_dtype
+from mla_core.dtypes import FP8_DTYPES
 from mla_core.launch import launch
 from mla_core.plan import DecodePlan, PlanRequest, Schedule, bind_schedule
+from mla_triton.arguments import scale_strides, scales_of
 from mla_triton.splits import INVARIANT_SPLITS, RAGGED, mean_tokens
 
 #: Cached tokens of a tile, as in the kernels.
 TILE = 64
 #: Rows of a wide program.
 WIDE = 64
+#: Rows of a program over an fp8 cache, of which two share a multiprocessor.
+PACKED = 16
+#: Latent elements that one of its copies takes, as in the kernel.
+PACKED_CHUNK = 128
+#: Most runs a request is cut into unasked; the merge reads them one after another.
+MAX_RUNS = 128
 #: Shortest run of a ``batch_invariant`` plan, in tiles: the same for every batch.
 INVARIANT_TILES = 4
 
 _LOG2_E = math.log2(math.e)
 
-# What things cost, in tiles (2 us); fitted to an H200.
-_START = 2.5
-_MERGE = 1.5
-_TILE_BYTES = 7e6  # partials written and read in the time of a tile
-_LINE_START = 3  # as `mla_triton.kernels.hopper.schedule.START_COST`
+# What things cost in microseconds; fitted to an H200.
+_TILE = 2.0
+_START = 5.0
+_MERGE = 3.0
+_BYTES = 3.5e6  # partials written and read in a microsecond
+_LINE_START = 3  # tiles, as `mla_triton.kernels.hopper.schedule.START_COST`
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,9 @@ def make_schedule(
     """Return the schedule of a problem that the backend's row takes; tests may give the shares."""
     dims = request.problem.dims
     is_invariant = "batch_invariant" in request.problem.features
-    tile_rows = rows_of_a_program(dims.num_heads * (1 if is_invariant else request.max_seqlen_q))
+    is_packed = request.problem.kv_dtype in FP8_DTYPES
+    num_rows = dims.num_heads * (1 if is_invariant else request.max_seqlen_q)
+    tile_rows = PACKED if is_packed else rows_of_a_program(num_rows)
     row_blocks = max(1, -(-dims.num_heads * request.max_seqlen_q // tile_rows))
     because = "shares were passed"
     if shares is None:
@@ -82,7 +92,7 @@ def make_schedule(
         workspace["partial_out"] = ((*rows, dims.kv_lora_rank), torch.float32)
         workspace["partial_lse"] = (rows, torch.float32)
     return Schedule(
-        kernel="hopper_wide" if tile_rows == WIDE else "hopper_narrow",
+        kernel=f"hopper_{_kind(is_packed, tile_rows)}",
         num_kv_splits=shares.runs or shares.num_workers,
         because=because,
         config={
@@ -109,6 +119,12 @@ def rows_of_a_program(num_rows: int) -> int:
     return next((rows for rows in (8, 16, 32) if num_rows <= rows), WIDE)
 
 
+def _kind(is_packed: bool, tile_rows: int) -> str:
+    if is_packed:
+        return "packed"
+    return "wide" if tile_rows == WIDE else "narrow"
+
+
 def deal(
     request: PlanRequest, tile_rows: int, row_blocks: int, multiprocessors: int
 ) -> tuple[Shares, str]:
@@ -120,23 +136,25 @@ def deal(
     if "batch_invariant" in request.problem.features:
         workers = batch_size * INVARIANT_SPLITS
         return Shares(workers, INVARIANT_SPLITS, INVARIANT_TILES), "fixed by batch_invariant"
+    if request.problem.kv_dtype in FP8_DTYPES:
+        multiprocessors *= 2
     groups = max(1, multiprocessors // row_blocks)
     longest = max(1, -(-request.max_seqlen_k // TILE))
     mean = max(1.0, min(mean_tokens(request) / TILE, longest))
-    partial_tiles = row_blocks * tile_rows * request.problem.dims.kv_lora_rank * 8 / _TILE_BYTES
+    partial = row_blocks * tile_rows * request.problem.dims.kv_lora_rank * 8 / _BYTES
     waves = -(-groups * row_blocks // multiprocessors)
-    line = waves * (math.ceil((mean + _LINE_START) * batch_size / groups) + _START)
-    line += _MERGE + partial_tiles * (groups + min(groups, batch_size))
-    because = f"{batch_size} x {row_blocks} programs on {multiprocessors} multiprocessors"
+    line = waves * (math.ceil((mean + _LINE_START) * batch_size / groups) * _TILE + _START)
+    line += _MERGE + partial * (groups + min(groups, batch_size))
+    because = f"{batch_size} x {row_blocks} programs on {multiprocessors} places"
     if groups > 1 and longest > RAGGED * mean:
         return Shares(groups, 0), f"{because}, ragged"
 
     def even(runs: int) -> float:
         waves = -(-batch_size * row_blocks * runs // multiprocessors)
-        merge = _MERGE + partial_tiles * batch_size * runs if runs > 1 else 0.0
-        return waves * (math.ceil(mean / runs) + _START) + merge
+        merge = _MERGE + partial * batch_size * runs if runs > 1 else 0.0
+        return waves * (math.ceil(mean / runs) * _TILE + _START) + merge
 
-    runs = min(range(1, min(longest, max(1, groups)) + 1), key=even)
+    runs = min(range(1, min(longest, groups, MAX_RUNS) + 1), key=even)
     if line < even(runs):
         return Shares(groups, 0), f"{because}, spans of all requests"
     return Shares(batch_size * runs, runs), because
@@ -146,12 +164,17 @@ def is_aligned(ql_nope: torch.Tensor, q_pe: torch.Tensor, kv: PagedKV) -> bool:
     """Whether rows start at multiples of 16 bytes and the compiler can tell.
 
     Asynchronous copies move 16 bytes. Of a stride, Triton learns whether it is a multiple of 16
-    elements and nothing else.
+    elements and nothing else; fp8 caches are addressed by the byte.
     """
-    parts = (ql_nope, q_pe, kv.cache.field("kv_c"), kv.cache.field("k_pe"))
+    parts = (kv.cache.field("kv_c"), kv.cache.field("k_pe"))
+    is_packed = parts[0].itemsize == 1
     return all(
-        part.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in _row_strides(part))
-        for part in parts
+        part.data_ptr() % 16 == 0 and all(stride * unit % 16 == 0 for stride in _row_strides(part))
+        for part, unit in (
+            (ql_nope, 1),
+            (q_pe, 1),
+            *((part, part.itemsize if is_packed else 1) for part in parts),
+        )
     )
 
 
@@ -171,6 +194,7 @@ def decode(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     sink: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
     global_kv_lens: torch.Tensor | None = None,
 ) -> bool:
     """Write ``out`` and ``lse`` for every query token; see `mla_core.decode`.
@@ -216,6 +240,7 @@ def decode(
     partial_lse = workspace.get("partial_lse", note)
     lse_or_unused = note if lse is None else lse
     sink_or_unused = note if sink is None else sink
+    kv_scale = scales_of(kv.cache)
     launch(
         call.kernel,
         (call.num_programs,),
@@ -228,6 +253,7 @@ def decode(
         q_pe,
         kv_c,
         k_pe,
+        note if kv_scale is None else kv_scale,
         *call.descriptors,
         plan.qo_indptr,
         kv.kv_indptr,
@@ -235,6 +261,7 @@ def decode(
         kv.kv_last_page_len,
         kv.kv_indptr if global_kv_lens is None else global_kv_lens,
         sink_or_unused,
+        note if q_scale is None else q_scale,
         sm_scale * _LOG2_E,
         *call.numbers,
         **call.constants,
@@ -287,7 +314,12 @@ def _prepare(
         return None
     request, options, config = plan.request, plan.options, plan.schedule.config
     kv_c, k_pe = kv.cache.field("kv_c"), kv.cache.field("k_pe")
-    kv_c_desc, k_pe_desc, page_rows = _descriptors(kv_c, k_pe)
+    kv_scale = scales_of(kv.cache)
+    is_packed = kv_c.itemsize == 1
+    num_groups = kv_scale.shape[2] if kv_scale is not None and kv_scale.ndim > 1 else 0
+    # Rows of an fp8 cache are copied as bytes, whatever is in them.
+    unit, pe_unit = (1, k_pe.itemsize) if is_packed else (1, 1)
+    kv_c_desc, k_pe_desc, page_rows, pe_rows = _descriptors(kv_c, k_pe)
     tile_rows, rank = config["M"], plan.dims.kv_lora_rank
     is_empty = not request.batch_size or not request.max_seqlen_q or not out.numel()
     out_strides = out.stride()[:2]
@@ -315,6 +347,7 @@ def _prepare(
             plan.dims.num_heads,
             kv.cache.num_pages,
             page_rows,
+            pe_rows,
             config["row_blocks"],
             config["num_workers"],
             config["max_runs"],
@@ -323,8 +356,9 @@ def _prepare(
             *lse_strides,
             *_row_strides(ql_nope),
             *_row_strides(q_pe),
-            *_row_strides(kv_c),
-            *_row_strides(k_pe),
+            *(stride * unit for stride in _row_strides(kv_c)),
+            *(stride * pe_unit for stride in _row_strides(k_pe)),
+            *scale_strides(kv_scale),
         ),
         constants=shared
         | {
@@ -334,8 +368,11 @@ def _prepare(
             "IS_CP": options.cp_world_size > 1,
             "HAS_SOFTCAP": options.softcap > 0,
             "HAS_WINDOW": options.window is not None,
+            "GROUPS": num_groups,
+            "HAS_KV_SCALE": kv_scale is not None and not num_groups,
+            "HAS_Q_SCALE": request.problem.q_dtype in FP8_DTYPES,
         }
-        | _launch(tile_rows, rank),
+        | _launch(tile_rows, rank, is_packed),
         merge_kernel=merge_kernel,
         merge_grid=(merge_rows, plan.workspace["note"].shape[0]) if has_merge else (),
         merge_numbers=(plan.dims.num_heads, config["row_blocks"], *out_strides, *lse_strides),
@@ -344,8 +381,21 @@ def _prepare(
     )
 
 
-def _launch(tile_rows: int, kv_lora_rank: int) -> dict[str, int]:
-    """Return stages that fit 227 KiB of shared memory, and registers of the warp roles."""
+def _launch(tile_rows: int, kv_lora_rank: int, is_packed: bool) -> dict[str, int]:
+    """Return stages that fit shared memory, and registers of the warp roles.
+
+    227 KiB are one program's, 113 KiB if two share a multiprocessor.
+    """
+    if is_packed:
+        return {
+            "STAGES_A": 2 if kv_lora_rank > 256 else 4,
+            "STAGES_B": 0,
+            "LOADERS": 4,
+            "LOADER_REGISTERS": 72,
+            "RIGHT_REGISTERS": 0,
+            "num_warps": 4,
+            "maxnreg": 128,
+        }
     is_wide = tile_rows == WIDE
     stages_a, stages_b = (3, 2) if tile_rows <= 8 else (2, 2)
     if kv_lora_rank <= 256 and not is_wide:
@@ -378,29 +428,43 @@ class _Memory:
         return self.pointer
 
 
-def _descriptors(kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[object, object, int]:
-    """Return tensor descriptors of both parts and the rows from page to page; none without TMA.
+def _descriptors(kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[object, object, int, int]:
+    """Return tensor descriptors of both parts and their rows from page to page; none without TMA.
 
     TMA copies a tile out of one page, so pages hold whole tiles and lie whole rows apart.
     """
+    none = None, None, 0, 0
     num_pages, page_size, rank = kv_c.shape
     if not num_pages:
-        return None, None, 0
+        return none
+    page_rows = []
     for part in (kv_c, k_pe):
         page_stride, token_stride = part.stride()[:2]
         if page_size % TILE or (num_pages > 1 and page_stride % token_stride):
-            return None, None, 0
-    page_rows = kv_c.stride(0) // kv_c.stride(1) if num_pages > 1 else page_size
-    pe_rows = k_pe.stride(0) // k_pe.stride(1) if num_pages > 1 else page_size
-    num_rows = (num_pages - 1) * page_rows + page_size
-    if page_rows != pe_rows or num_rows >= 2**31:
-        return None, None, 0
+            return none
+        page_rows.append(page_stride // token_stride if num_pages > 1 else page_size)
+    if (num_pages - 1) * max(page_rows) + page_size >= 2**31:
+        return none
+    is_packed = kv_c.itemsize == 1
+
+    def describe(part: torch.Tensor, rows: int, block: int) -> object:
+        unit = part.itemsize if is_packed else 1
+        return _descriptor(
+            part.data_ptr(),
+            torch.uint8 if is_packed else part.dtype,
+            (num_pages - 1) * rows + page_size,
+            part.shape[2] * unit,
+            part.stride(1) * unit,
+            block * unit,
+        )
+
+    kv_c_block = PACKED_CHUNK if is_packed else rank // 2
+    kv_c_rows, k_pe_rows = page_rows
     return (
-        _descriptor(kv_c.data_ptr(), kv_c.dtype, num_rows, rank, kv_c.stride(1), rank // 2),
-        _descriptor(
-            k_pe.data_ptr(), k_pe.dtype, num_rows, k_pe.shape[2], k_pe.stride(1), k_pe.shape[2]
-        ),
-        page_rows,
+        describe(kv_c, kv_c_rows, kv_c_block),
+        describe(k_pe, k_pe_rows, k_pe.shape[2]),
+        kv_c_rows,
+        k_pe_rows,
     )
 
 
@@ -411,7 +475,7 @@ def _descriptor(
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    element = gl.bfloat16 if dtype == torch_dtype("bf16") else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([TILE, block], element)
+    elements = {torch.uint8: gl.uint8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+    layout = gl.NVMMASharedLayout.get_default_for([TILE, block], elements[dtype])
     memory = _Memory(pointer, dtype)
     return TensorDescriptor(memory, [num_rows, width], [stride, 1], [TILE, block], layout)

@@ -1,7 +1,6 @@
-"""Names that moved between the releases of Gluon we support."""
+"""What is missing of Gluon: names that moved between the releases we support, a shorthand."""
 
-from __future__ import annotations
-
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 from triton.language.core import _aggregate as aggregate
@@ -13,4 +12,11 @@ copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 #: Wait for the threads of the partition.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-__all__ = ["aggregate", "barrier", "copy_async", "tma_load"]
+
+@gluon.jit
+def arrive_copied(barrier):
+    """Let every thread of the partition arrive at a barrier once its copies are done."""
+    async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+__all__ = ["aggregate", "arrive_copied", "barrier", "copy_async", "tma_load"]

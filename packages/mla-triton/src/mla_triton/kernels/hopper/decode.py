@@ -12,11 +12,18 @@ from mla_triton.kernels.hopper.load import (
     TILE,
     Cache,
     Rows,
+    allocate_rows,
     allocate_tiles,
     load_partition,
 )
 from mla_triton.kernels.hopper.narrow import narrow_partition
 from mla_triton.kernels.hopper.output import Output
+from mla_triton.kernels.hopper.packed import (
+    allocate_packed_outputs,
+    allocate_packed_rows,
+    allocate_packed_tiles,
+    packed_partition,
+)
 from mla_triton.kernels.hopper.schedule import Batch, Shares
 from mla_triton.kernels.hopper.wide import M as WIDE
 from mla_triton.kernels.hopper.wide import allocate_exchange, left_partition, right_partition
@@ -36,7 +43,10 @@ from mla_triton.kernels.hopper.wide import allocate_exchange, left_partition, ri
         "min_tiles",
         "lse_stride_t",
         "lse_stride_h",
-        "page_rows",
+        "kv_scale_stride_p",
+        "kv_scale_stride_t",
+        "kv_c_page_rows",
+        "k_pe_page_rows",
     ]
 )
 def hopper_decode_kernel(
@@ -49,14 +59,16 @@ def hopper_decode_kernel(
     q_pe_ptr,  # [total_q, num_heads, R]
     kv_c_ptr,  # [num_pages, PAGE_SIZE, D]
     k_pe_ptr,  # [num_pages, PAGE_SIZE, R]
-    kv_c_desc,  # rows of the same memory in boxes of [64, D / 2]; None without TMA
-    k_pe_desc,  # the same in boxes of [64, R]
+    kv_scale_ptr,  # [1] f32 or, by groups, [num_pages, PAGE_SIZE, GROUPS]; unused without either
+    kv_c_desc,  # rows of kv_c in boxes of 64 tokens, see the tiles; None without TMA
+    k_pe_desc,  # rows of k_pe in boxes of 64 tokens
     qo_indptr_ptr,  # [batch_size + 1] i32
     kv_indptr_ptr,  # [batch_size + 1] i32, pages
     kv_page_indices_ptr,  # [>= kv_indptr[-1]] i32
     kv_last_page_len_ptr,  # [batch_size] i32
     global_kv_lens_ptr,  # [batch_size] i32; unused without IS_CP
     sink_ptr,  # [num_heads] f32; unused without HAS_SINK
+    q_scale_ptr,  # [1] f32; unused without HAS_Q_SCALE
     sm_scale_log2,  # sm_scale * log2(e)
     softcap,  # unused without HAS_SOFTCAP
     window,  # unused without HAS_WINDOW
@@ -65,7 +77,8 @@ def hopper_decode_kernel(
     batch_size,
     num_heads,
     num_pages,
-    page_rows,  # rows of the descriptors from page to page
+    kv_c_page_rows,  # rows of the descriptors from page to page
+    k_pe_page_rows,
     row_blocks,  # programs of a worker, each with M rows of every request
     num_workers,
     max_runs,  # with EVEN: runs of a request, workers for each
@@ -78,10 +91,12 @@ def hopper_decode_kernel(
     ql_nope_stride_h,
     q_pe_stride_t,
     q_pe_stride_h,
-    kv_c_stride_p,
+    kv_c_stride_p,  # elements, bytes of an fp8 cache
     kv_c_stride_t,
     k_pe_stride_p,
     k_pe_stride_t,
+    kv_scale_stride_p,
+    kv_scale_stride_t,
     M: gl.constexpr,  # rows of a program: 8, 16, 32 or 64
     D: gl.constexpr,  # kv_lora_rank
     R: gl.constexpr,  # qk_rope_head_dim
@@ -98,9 +113,11 @@ def hopper_decode_kernel(
     LOADERS: gl.constexpr,  # warps
     LOADER_REGISTERS: gl.constexpr,
     RIGHT_REGISTERS: gl.constexpr,  # unused below 64 rows
+    GROUPS: gl.constexpr,  # scales of a token; only of fp8 caches, like what follows
+    HAS_KV_SCALE: gl.constexpr,  # one scale for the whole cache
+    HAS_Q_SCALE: gl.constexpr,
 ):
     """Attend M rows of each request in the share of this worker."""
-    HALF: gl.constexpr = D // 2
     dtype: gl.constexpr = kv_c_ptr.dtype.element_ty
     worker = gl.program_id(0) // row_blocks
     block = gl.program_id(0) % row_blocks
@@ -122,30 +139,20 @@ def hopper_decode_kernel(
     shares = Shares(num_workers, max_runs, min_tiles, EVEN)
     gdc_launch_dependents()
 
-    tiles = allocate_tiles(dtype, HALF, R, STAGES_A, STAGES_B, LOADERS)
-    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, HALF], dtype)
-    rope: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, R], dtype)
-    rows = Rows(
-        ql_nope_ptr,
-        q_pe_ptr,
-        num_heads,
-        ql_nope_stride_t,
-        ql_nope_stride_h,
-        q_pe_stride_t,
-        q_pe_stride_h,
-        gl.allocate_shared_memory(dtype, [2, M, HALF], half),
-        gl.allocate_shared_memory(dtype, [M, R], rope),
-    )
     cache = Cache(
         kv_c_ptr,
         k_pe_ptr,
+        kv_scale_ptr,
         kv_page_indices_ptr,
         num_pages,
         kv_c_stride_p,
         kv_c_stride_t,
         k_pe_stride_p,
         k_pe_stride_t,
-        page_rows,
+        kv_scale_stride_p,
+        kv_scale_stride_t,
+        kv_c_page_rows,
+        k_pe_page_rows,
         PAGE_SIZE,
     )
     output = Output(
@@ -167,68 +174,41 @@ def hopper_decode_kernel(
         HAS_SINK,
     )
     # The arguments stand inside the calls: a constant bound to a name would become a value.
-    if M == WIDE:
-        exchange = allocate_exchange(dtype)
-        gl.warp_specialize(
-            [
-                (
-                    left_partition,
-                    (
-                        batch,
-                        shares,
-                        rows,
-                        tiles,
-                        exchange,
-                        output,
-                        worker,
-                        block,
-                        sm_scale_log2,
-                        softcap,
-                        HAS_SOFTCAP,
-                    ),
-                ),
-                (right_partition, (batch, shares, rows, tiles, exchange, output, worker, block)),
-                (
-                    load_partition,
-                    (
-                        batch,
-                        shares,
-                        rows,
-                        cache,
-                        kv_c_desc,
-                        k_pe_desc,
-                        tiles,
-                        worker,
-                        block,
-                        M,
-                        D,
-                        R,
-                        LOADERS,
-                    ),
-                ),
-            ],
-            [4, LOADERS],
-            [RIGHT_REGISTERS, LOADER_REGISTERS],
+    if dtype.primitive_bitwidth == 8:
+        tiles = allocate_packed_tiles(k_pe_ptr.dtype.element_ty, D, R, GROUPS, STAGES_A, LOADERS)
+        nope_smem, rope_smem = allocate_packed_rows(k_pe_ptr.dtype.element_ty, D, R)
+        rows = Rows(
+            ql_nope_ptr,
+            q_pe_ptr,
+            num_heads,
+            ql_nope_stride_t,
+            ql_nope_stride_h,
+            q_pe_stride_t,
+            q_pe_stride_h,
+            nope_smem,
+            rope_smem,
         )
-    else:
-        square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TILE], dtype)
-        weights = gl.allocate_shared_memory(dtype, [M, TILE], square)
+        weights, staging = allocate_packed_outputs(out_ptr.dtype.element_ty, GROUPS)
         gl.warp_specialize(
             [
                 (
-                    narrow_partition,
+                    packed_partition,
                     (
                         batch,
                         shares,
                         rows,
                         tiles,
                         weights,
+                        staging,
                         output,
                         worker,
                         block,
+                        kv_scale_ptr,
+                        q_scale_ptr,
                         sm_scale_log2,
                         softcap,
-                        M,
+                        HAS_KV_SCALE,
+                        HAS_Q_SCALE,
                         HAS_SOFTCAP,
                     ),
                 ),
@@ -237,7 +217,7 @@ def hopper_decode_kernel(
                     (
                         batch,
                         shares,
-                        rows,
+                        num_heads,
                         cache,
                         kv_c_desc,
                         k_pe_desc,
@@ -245,8 +225,6 @@ def hopper_decode_kernel(
                         worker,
                         block,
                         M,
-                        D,
-                        R,
                         LOADERS,
                     ),
                 ),
@@ -254,3 +232,103 @@ def hopper_decode_kernel(
             [LOADERS],
             [LOADER_REGISTERS],
         )
+    else:
+        tiles = allocate_tiles(dtype, D // 2, R, STAGES_A, STAGES_B, LOADERS)
+        nope_smem, rope_smem = allocate_rows(dtype, M, D, R)
+        rows = Rows(
+            ql_nope_ptr,
+            q_pe_ptr,
+            num_heads,
+            ql_nope_stride_t,
+            ql_nope_stride_h,
+            q_pe_stride_t,
+            q_pe_stride_h,
+            nope_smem,
+            rope_smem,
+        )
+        if M == WIDE:
+            exchange = allocate_exchange(dtype)
+            gl.warp_specialize(
+                [
+                    (
+                        left_partition,
+                        (
+                            batch,
+                            shares,
+                            rows,
+                            tiles,
+                            exchange,
+                            output,
+                            worker,
+                            block,
+                            sm_scale_log2,
+                            softcap,
+                            HAS_SOFTCAP,
+                        ),
+                    ),
+                    (
+                        right_partition,
+                        (batch, shares, rows, tiles, exchange, output, worker, block),
+                    ),
+                    (
+                        load_partition,
+                        (
+                            batch,
+                            shares,
+                            num_heads,
+                            cache,
+                            kv_c_desc,
+                            k_pe_desc,
+                            tiles,
+                            worker,
+                            block,
+                            M,
+                            LOADERS,
+                        ),
+                    ),
+                ],
+                [4, LOADERS],
+                [RIGHT_REGISTERS, LOADER_REGISTERS],
+            )
+        else:
+            square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TILE], dtype)
+            weights = gl.allocate_shared_memory(dtype, [M, TILE], square)
+            gl.warp_specialize(
+                [
+                    (
+                        narrow_partition,
+                        (
+                            batch,
+                            shares,
+                            rows,
+                            tiles,
+                            weights,
+                            output,
+                            worker,
+                            block,
+                            sm_scale_log2,
+                            softcap,
+                            M,
+                            HAS_SOFTCAP,
+                        ),
+                    ),
+                    (
+                        load_partition,
+                        (
+                            batch,
+                            shares,
+                            num_heads,
+                            cache,
+                            kv_c_desc,
+                            k_pe_desc,
+                            tiles,
+                            worker,
+                            block,
+                            M,
+                            LOADERS,
+                        ),
+                    ),
+                ],
+                [LOADERS],
+                [LOADER_REGISTERS],
+            )

@@ -14,7 +14,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
 )
 
-from mla_triton.kernels.hopper._gluon import aggregate, barrier, copy_async, tma_load
+from mla_triton.kernels.hopper._gluon import (
+    aggregate,
+    arrive_copied,
+    barrier,
+    copy_async,
+    tma_load,
+)
 from mla_triton.kernels.hopper.schedule import deal, next_item
 
 #: Cached tokens of a tile.
@@ -66,15 +72,19 @@ class Cache:
     The descriptors are absent where TMA does not apply: pages that are no multiple of a tile.
     """
 
-    kv_c_ptr: gl.tensor  # [num_pages, PAGE_SIZE, D]
-    k_pe_ptr: gl.tensor  # [num_pages, PAGE_SIZE, R]
+    kv_c_ptr: gl.tensor  # [num_pages, PAGE_SIZE, D]; by the byte if packed
+    k_pe_ptr: gl.tensor  # [num_pages, PAGE_SIZE, R]; likewise
+    kv_scale_ptr: gl.tensor  # [num_pages, PAGE_SIZE, groups] f32; unused without groups
     page_indices_ptr: gl.tensor
     num_pages: gl.tensor
     kv_c_stride_p: gl.tensor  # elements
     kv_c_stride_t: gl.tensor
     k_pe_stride_p: gl.tensor
     k_pe_stride_t: gl.tensor
-    page_rows: gl.tensor  # rows of the descriptors' view from one page to the next
+    kv_scale_stride_p: gl.tensor
+    kv_scale_stride_t: gl.tensor
+    kv_c_page_rows: gl.tensor  # rows of a descriptor's view from one page to the next
+    k_pe_page_rows: gl.tensor
     PAGE_SIZE: gl.constexpr
 
     @gluon.constexpr_function
@@ -82,25 +92,46 @@ class Cache:
         self,
         kv_c_ptr,
         k_pe_ptr,
+        kv_scale_ptr,
         page_indices_ptr,
         num_pages,
         kv_c_stride_p,
         kv_c_stride_t,
         k_pe_stride_p,
         k_pe_stride_t,
-        page_rows,
+        kv_scale_stride_p,
+        kv_scale_stride_t,
+        kv_c_page_rows,
+        k_pe_page_rows,
         PAGE_SIZE,
     ):
         self.kv_c_ptr = kv_c_ptr
         self.k_pe_ptr = k_pe_ptr
+        self.kv_scale_ptr = kv_scale_ptr
         self.page_indices_ptr = page_indices_ptr
         self.num_pages = num_pages
         self.kv_c_stride_p = kv_c_stride_p
         self.kv_c_stride_t = kv_c_stride_t
         self.k_pe_stride_p = k_pe_stride_p
         self.k_pe_stride_t = k_pe_stride_t
-        self.page_rows = page_rows
+        self.kv_scale_stride_p = kv_scale_stride_p
+        self.kv_scale_stride_t = kv_scale_stride_t
+        self.kv_c_page_rows = kv_c_page_rows
+        self.k_pe_page_rows = k_pe_page_rows
         self.PAGE_SIZE = gl.constexpr(PAGE_SIZE)
+
+    @gluon.jit
+    def find(self, page_begin, token, lowest, highest):
+        """Return page, offset in it and liveness of tokens of a request.
+
+        Tokens that nobody sees, on hidden pages or outside [lowest, highest), are dead: their
+        memory may hold NaN.
+        """
+        is_seen = (token >= lowest) & (token < highest)
+        ids = self.page_indices_ptr + page_begin
+        page = gl.load(ids + token // self.PAGE_SIZE, mask=is_seen, other=-1)
+        is_live = (page >= 0) & (page < self.num_pages)
+        return page.to(gl.int64), (token % self.PAGE_SIZE).to(gl.int64), is_live
 
 
 @aggregate
@@ -169,6 +200,53 @@ class Tiles:
         mbarrier.wait(self.free_b.index(stage), ((count // self.STAGES_B) & 1) ^ 1)
         return stage
 
+    @gluon.jit
+    def load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count, WARPS: gl.constexpr):
+        """Start copying a tile that lies in one page, all of it live, through TMA."""
+        HALF: gl.constexpr = self.a.shape[2]
+        BYTES: gl.constexpr = self.a.dtype.primitive_bitwidth // 8
+        flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        row = page * cache.kv_c_page_rows + start % cache.PAGE_SIZE
+        rope_row = page * cache.k_pe_page_rows + start % cache.PAGE_SIZE
+        a = self.claim_a(count)
+        self.bias.index(a).store(gl.full([TILE], 0.0, gl.float32, flat))
+        mbarrier.expect(self.full_a.index(a), TILE * (HALF + self.rope.shape[2]) * BYTES)
+        tma_load(kv_c_desc, [row, 0], self.full_a.index(a), self.a.index(a))
+        tma_load(k_pe_desc, [rope_row, 0], self.full_a.index(a), self.rope.index(a))
+        arrive_copied(self.full_a.index(a))
+        b = self.claim_b(count)
+        mbarrier.expect(self.full_b.index(b), TILE * HALF * BYTES)
+        tma_load(kv_c_desc, [row, HALF], self.full_b.index(b), self.b.index(b))
+        arrive_copied(self.full_b.index(b))
+
+    @gluon.jit
+    def load_tokens(self, cache, page_begin, start, lowest, highest, count, WARPS: gl.constexpr):
+        """Start copying a tile token by token; dead tokens become zeros."""
+        HALF: gl.constexpr = self.a.shape[2]
+        R: gl.constexpr = self.rope.shape[2]
+        LANES: gl.constexpr = R // 8
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+        flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        d = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+        r = gl.arange(0, R, layout=gl.SliceLayout(0, layout))
+        token = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
+        page, offset, is_live = cache.find(page_begin, token, lowest, highest)
+        token = start + gl.arange(0, TILE, layout=flat)
+        _, _, is_live_again = cache.find(page_begin, token, lowest, highest)
+        is_live = is_live[:, None]
+        kv_c = cache.kv_c_ptr + (page * cache.kv_c_stride_p + offset * cache.kv_c_stride_t)
+        k_pe = cache.k_pe_ptr + (page * cache.k_pe_stride_p + offset * cache.k_pe_stride_t)
+        a = self.claim_a(count)
+        self.bias.index(a).store(gl.where(is_live_again, 0.0, float("-inf")))
+        copy_async(self.a.index(a), kv_c[:, None] + d[None, :], mask=is_live)
+        copy_async(self.rope.index(a), k_pe[:, None] + r[None, :], mask=is_live)
+        mbarrier.arrive(self.full_a.index(a), count=1)
+        arrive_copied(self.full_a.index(a))
+        b = self.claim_b(count)
+        copy_async(self.b.index(b), kv_c[:, None] + (d + HALF)[None, :], mask=is_live)
+        mbarrier.arrive(self.full_b.index(b), count=1)
+        arrive_copied(self.full_b.index(b))
+
 
 @gluon.jit
 def allocate_tiles(
@@ -209,9 +287,12 @@ def allocate_tiles(
 
 
 @gluon.jit
-def _arrive(barrier):
-    """Let every thread of the partition arrive at a barrier once its copies are done."""
-    async_copy.mbarrier_arrive(barrier, increment_count=False)
+def allocate_rows(dtype: gl.constexpr, M: gl.constexpr, D: gl.constexpr, R: gl.constexpr):
+    """Allocate shared memory for the latent halves and the rotary parts of query rows."""
+    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D // 2], dtype)
+    rope: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, R], dtype)
+    nope_smem = gl.allocate_shared_memory(dtype, [2, M, D // 2], half)
+    return nope_smem, gl.allocate_shared_memory(dtype, [M, R], rope)
 
 
 @gluon.jit
@@ -242,86 +323,6 @@ def load_rows(rows, q_begin, q_len, first_row, M: gl.constexpr, D: gl.constexpr,
 
 
 @gluon.jit
-def _load_whole(
-    cache,
-    kv_c_desc,
-    k_pe_desc,
-    tiles,
-    row,
-    count,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    WARPS: gl.constexpr,
-):
-    """Start copying a tile that lies in one page, all of it live, through TMA."""
-    HALF: gl.constexpr = D // 2
-    BYTES: gl.constexpr = cache.kv_c_ptr.dtype.element_ty.primitive_bitwidth // 8
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    a = tiles.claim_a(count)
-    tiles.bias.index(a).store(gl.full([TILE], 0.0, gl.float32, flat))
-    mbarrier.expect(tiles.full_a.index(a), TILE * (HALF + R) * BYTES)
-    tma_load(kv_c_desc, [row, 0], tiles.full_a.index(a), tiles.a.index(a))
-    tma_load(k_pe_desc, [row, 0], tiles.full_a.index(a), tiles.rope.index(a))
-    _arrive(tiles.full_a.index(a))
-    b = tiles.claim_b(count)
-    mbarrier.expect(tiles.full_b.index(b), TILE * HALF * BYTES)
-    tma_load(kv_c_desc, [row, HALF], tiles.full_b.index(b), tiles.b.index(b))
-    _arrive(tiles.full_b.index(b))
-
-
-@gluon.jit
-def _load_tokens(
-    cache,
-    tiles,
-    page_begin,
-    start,
-    lowest,
-    highest,
-    count,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    WARPS: gl.constexpr,
-):
-    """Start copying a tile token by token.
-
-    Tokens that nobody sees, on hidden pages or outside [lowest, highest), are dead: their memory
-    may hold NaN.
-    """
-    HALF: gl.constexpr = D // 2
-    LANES: gl.constexpr = R // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    d = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
-    r = gl.arange(0, R, layout=gl.SliceLayout(0, layout))
-    token = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
-    ids = cache.page_indices_ptr + page_begin
-    is_seen = (token >= lowest) & (token < highest)
-    page = gl.load(ids + token // cache.PAGE_SIZE, mask=is_seen, other=-1)
-    token_again = start + gl.arange(0, TILE, layout=flat)
-    is_seen_again = (token_again >= lowest) & (token_again < highest)
-    page_again = gl.load(ids + token_again // cache.PAGE_SIZE, mask=is_seen_again, other=-1)
-    bias = gl.where((page_again >= 0) & (page_again < cache.num_pages), 0.0, float("-inf"))
-    is_live = ((page >= 0) & (page < cache.num_pages))[:, None]
-    offset = (token % cache.PAGE_SIZE).to(gl.int64)
-    page = page.to(gl.int64)
-    kv_c = cache.kv_c_ptr + (page * cache.kv_c_stride_p + offset * cache.kv_c_stride_t)
-    k_pe = cache.k_pe_ptr + (page * cache.k_pe_stride_p + offset * cache.k_pe_stride_t)
-    a = tiles.claim_a(count)
-    tiles.bias.index(a).store(bias)
-    source = kv_c[:, None] + d[None, :]
-    copy_async(tiles.a.index(a), source, mask=is_live)
-    source = k_pe[:, None] + r[None, :]
-    copy_async(tiles.rope.index(a), source, mask=is_live)
-    mbarrier.arrive(tiles.full_a.index(a), count=1)
-    _arrive(tiles.full_a.index(a))
-    b = tiles.claim_b(count)
-    source = kv_c[:, None] + (d + HALF)[None, :]
-    copy_async(tiles.b.index(b), source, mask=is_live)
-    mbarrier.arrive(tiles.full_b.index(b), count=1)
-    _arrive(tiles.full_b.index(b))
-
-
-@gluon.jit
 def load_tiles(
     cache,
     kv_c_desc,
@@ -333,23 +334,20 @@ def load_tiles(
     lowest,
     highest,
     count,
-    D: gl.constexpr,
-    R: gl.constexpr,
     WARPS: gl.constexpr,
 ):
     """Start copying the tiles [first, last) of a request; return the count of the next tile."""
     for tile in range(first, last):
         start = tile * TILE
         if kv_c_desc is None:
-            _load_tokens(cache, tiles, page_begin, start, lowest, highest, count, D, R, WARPS)
+            tiles.load_tokens(cache, page_begin, start, lowest, highest, count, WARPS)
         else:
             page = gl.load(cache.page_indices_ptr + page_begin + start // cache.PAGE_SIZE)
             is_inside = (start >= lowest) & (start + TILE <= highest)
             if is_inside & (page >= 0) & (page < cache.num_pages):
-                row = page * cache.page_rows + start % cache.PAGE_SIZE
-                _load_whole(cache, kv_c_desc, k_pe_desc, tiles, row, count, D, R, WARPS)
+                tiles.load_whole(cache, kv_c_desc, k_pe_desc, page, start, count, WARPS)
             else:
-                _load_tokens(cache, tiles, page_begin, start, lowest, highest, count, D, R, WARPS)
+                tiles.load_tokens(cache, page_begin, start, lowest, highest, count, WARPS)
         count += 1
     return count
 
@@ -358,7 +356,7 @@ def load_tiles(
 def load_partition(
     batch,
     shares,
-    rows,
+    num_heads,
     cache,
     kv_c_desc,
     k_pe_desc,
@@ -366,8 +364,6 @@ def load_partition(
     worker,
     block,
     M: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
     WARPS: gl.constexpr,
 ):
     """Feed the spans of a worker to the partitions that compute."""
@@ -378,7 +374,7 @@ def load_partition(
     place = work.place
     while (place < work.finish) & (request < batch.batch_size):
         item = next_item(batch, work, request, begin, place)
-        if item.is_item & (block * M < item.q_len * rows.num_heads) & (item.first < item.last):
+        if item.is_item & (block * M < item.q_len * num_heads) & (item.first < item.last):
             count = load_tiles(
                 cache,
                 kv_c_desc,
@@ -390,8 +386,6 @@ def load_partition(
                 item.lowest,
                 item.highest,
                 count,
-                D,
-                R,
                 WARPS,
             )
         begin = item.next_begin

@@ -1,0 +1,128 @@
+"""The Hopper kernel over fp8 caches: every format, mask and way to deal out the work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mla_core.dims import MLADims
+from mla_core.plan import AttentionOptions
+from mla_core.testing.assertions import TOLERANCES, assert_close
+from mla_core.testing.cases import DecodeCase
+from mla_core.testing.conformance import plan_case, run_case
+from mla_core.testing.poison import poison_
+from mla_triton.hopper import Shares, with_shares
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+        reason="needs an sm90 GPU",
+    ),
+]
+
+LENS = (700, 0, 64, 1, 65, 330, 63, 128)
+Q_LENS = (2, 1, 3, 1, 0, 4, 2, 1)
+LAYOUTS = ("fp8", "fp8_seg576", "fp8_seg644", "fp8_seg656", "fp8_ds656")
+
+
+def check_all(case, lse_tolerance=TOLERANCES["fp16"]):
+    """Run a case whole, in three runs a request, and in three spans of all requests."""
+    inputs = case.build("cuda")
+    plan = plan_case(case, inputs, backend="triton")
+    assert plan.schedule.kernel == "hopper_packed", plan
+    batch_size = len(case.kv_lens)
+    for shares in (Shares(batch_size, 1), Shares(3 * batch_size, 3), Shares(3, 0)):
+        changed = with_shares(plan, shares)
+        for workspace in changed.workspace.values():
+            poison_(workspace)
+        out, lse = run_case(inputs, changed, return_lse=True)
+        # Products are in fp16; fp8 queries come with their exact values.
+        tolerance = TOLERANCES["fp16" if out.dtype == torch.float16 else "bf16"]
+        assert_close(out, inputs.expected_out, what=f"out, {shares}", tolerance=tolerance)
+        assert_close(lse, inputs.expected_lse, what=f"lse, {shares}", tolerance=lse_tolerance)
+    return inputs, plan
+
+
+def queries_of(layout):
+    """Return the dtypes of queries that meet a layout: its rotary keys are fp8 or bf16."""
+    return ("bf16", "fp16", "fp8_e4m3") if layout in ("fp8", "fp8_seg576") else ("bf16", "fp8_e4m3")
+
+
+@pytest.mark.parametrize(
+    ("layout", "q_dtype"), [(layout, q) for layout in LAYOUTS for q in queries_of(layout)]
+)
+@pytest.mark.parametrize("num_heads", [1, 8, 12, 16, 20, 40, 128])
+def test_formats(layout, q_dtype, num_heads, seed):
+    dims = MLADims(num_heads)
+    check_all(DecodeCase("formats", LENS, Q_LENS, dims, 64, q_dtype, layout, seed=seed))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("page_size", [1, 3, 16, 192])
+def test_pages(layout, page_size, seed):
+    """Rows that start at odd bytes take the portable kernel, whose products are in bf16."""
+    case = DecodeCase(
+        "pages", LENS, Q_LENS, MLADims(16), page_size, layout=layout, hidden_page=True, seed=seed
+    )
+    check_all(case, TOLERANCES["bf16"])
+
+
+@pytest.mark.parametrize("num_heads", [2, 16, 24])
+def test_rank_256(num_heads, seed):
+    dims = MLADims(num_heads, 256, 64)
+    check_all(DecodeCase("rank", LENS, Q_LENS, dims, 64, layout="fp8", seed=seed))
+
+
+OPTIONS = {
+    "non_causal": AttentionOptions(causal=False),
+    "window": AttentionOptions(window=100),
+    "softcap": AttentionOptions(softcap=3.0),
+    "rank 2 of 3": AttentionOptions(cp_world_size=3, cp_rank=2),
+    "everything": AttentionOptions(window=90, softcap=5.0, cp_world_size=2, cp_rank=1),
+}
+
+
+@pytest.mark.parametrize("layout", ["fp8", "fp8_seg644", "fp8_ds656"])
+@pytest.mark.parametrize("num_heads", [3, 16, 24])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_masks(options, num_heads, layout, seed):
+    dims = MLADims(num_heads)
+    case = DecodeCase("masks", LENS, Q_LENS, dims, 64, layout=layout, options=options, seed=seed)
+    check_all(replace(case, has_sink=bool(options.softcap) or num_heads == 16))
+
+
+@pytest.mark.parametrize("exponent", [-80, -40, 30])
+def test_scales_of_any_size(exponent, seed):
+    """Probabilities times scales stay inside fp16, whatever the scales."""
+    case = DecodeCase("scales", LENS, Q_LENS, MLADims(16), 64, layout="fp8_ds656", seed=seed)
+    inputs = case.build("cuda")
+    plan = plan_case(case, inputs, backend="triton")
+    want, want_lse = run_case(inputs, plan, return_lse=True)
+    factor = 2.0**exponent
+    inputs.kv.cache.field("kv_c_scale").mul_(factor)
+    q = (inputs.ql_nope.float() / factor).to(torch.bfloat16)
+    got, lse = run_case(replace(inputs, ql_nope=q), plan, return_lse=True)
+    assert_close(got.double() / factor, want.double(), what="out", tolerance=TOLERANCES["bf16"])
+    assert_close(lse, want_lse, what="lse", tolerance=TOLERANCES["bf16"])
+
+
+def test_queries_of_any_size(seed):
+    """Rows whose elements do not fit fp16 as they are."""
+    case = DecodeCase("queries", LENS, Q_LENS, MLADims(16), 64, layout="fp8", seed=seed)
+    inputs = case.build("cuda")
+    plan = plan_case(case, inputs, backend="triton")
+    want, want_lse = run_case(inputs, plan, return_lse=True)
+    for exponent in (-60, 60):
+        factor = 2.0**exponent
+        scaled = replace(
+            inputs,
+            ql_nope=inputs.ql_nope * factor,
+            q_pe=inputs.q_pe * factor,
+            sm_scale=inputs.sm_scale / factor,
+        )
+        got, lse = run_case(scaled, plan, return_lse=True)
+        assert torch.equal(got, want)
+        assert torch.equal(lse, want_lse)
