@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from triton.runtime.jit import JITFunction
 
-from mla_core import layouts, write_kv_cache
+from mla_core import LatentCache, MLADims, layouts, write_kv_cache
 from mla_core.arch import cpu_as
 from mla_core.compiling import TARGETS, compile_launch, kernels, recorded
 from mla_core.resources import resources_of
@@ -55,6 +55,7 @@ def calls():
     """Yield the name and the call of everything to compile."""
     for case in cases():
         yield str(case), write(case)
+    yield "large", large()
     bf16, fp8 = torch.bfloat16, torch.uint8
     key = torch.empty(4096, 8, 128, dtype=bf16)
     slots = torch.arange(4096)
@@ -81,6 +82,16 @@ def calls():
         "per block",
         partial(reshape_and_cache_with_block_quant, *pages, scales, scales, slots, True),
     )
+
+
+def large():
+    """Return a write into a cache of 2 GiB, which AMD's compiler makes a kernel of its own for."""
+    dims = MLADims(16)
+    pages = torch.empty(2**31 // (64 * 576 * 2) + 1, 64, 576, dtype=torch.bfloat16)
+    cache = LatentCache.bind("bf16", dims, 64, pages)
+    rows = torch.empty(4096, 576, dtype=torch.bfloat16)
+    slots = torch.arange(4096)
+    return partial(write_kv_cache, rows[:, :512], rows[:, 512:], cache, slots, backend="fusions")
 
 
 def check(arch):

@@ -12,6 +12,7 @@ from mla_core.reference import cache_ops
 from mla_core.testing.poison import poison_
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OCP, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz

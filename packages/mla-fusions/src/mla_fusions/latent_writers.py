@@ -109,7 +109,8 @@ def concat_and_cache_mla_seg(
     Notes
     -----
     Differences from aiter: as for `concat_and_cache_mla`, and the page size follows from the shape
-    of a block, so blocks may have gaps between them; aiter derives it from their stride.
+    of a block, so blocks may have gaps between them; aiter derives it from their stride. Inside
+    ``torch.compile`` ``"auto"`` is refused, since its layout has no name in the catalog.
     """
     op = "concat_and_cache_mla_seg"
     dims = _dims(op, kv_c, k_pe)
