@@ -32,7 +32,7 @@ class Limits:
 
 
 _KIB = 1024
-#: NVIDIA: a multiprocessor's file, and its shared memory less what the driver keeps. AMD: four
+#: On NVIDIA a multiprocessor's file, and its shared memory less what the driver keeps; on AMD four
 #: SIMDs with 512 registers for each of 64 lanes.
 LIMITS: Mapping[str, Limits] = {
     "sm90": Limits(255, 227 * _KIB, 64 * _KIB),

@@ -71,7 +71,7 @@ class WriteCase:
         )
 
     def build(self, device: torch.device | str = "cpu") -> WriteInputs:
-        """Draw rows, slots and a cache of random bytes; write them by the layout's own `pack`."""
+        """Draw rows, slots and a cache of random bytes; write them by the layout itself."""
         generator = torch.Generator().manual_seed(self.seed)
         layout, dims, num_tokens = layouts.get(self.layout), self.dims, self.num_tokens
         num_pages = -(-num_tokens // self.page_size) + 2
