@@ -3,6 +3,7 @@
     python benchmarks/cache_writes.py                       one table, on the GPU at hand
     python benchmarks/cache_writes.py --tokens 1 4096 --layouts bf16 fp8_ds656
     python benchmarks/cache_writes.py --backends fusions,reference --json writes.json
+    python benchmarks/cache_writes.py --tokens 4096 --schedules 4,4 8,4 8,8 16,8
 
 Rows are bf16 and random, slots random and distinct, pages hold 64 tokens, or as many as the layout
 needs. A call is checked byte for byte against the layout's own `pack` before it is timed. What is
@@ -10,16 +11,20 @@ timed are replays of a CUDA graph with one call for each data set; the sets own 
 together exceed the last-level cache three times, unless there would be more than ``MAX_SETS``:
 then the column ``cold`` says no. ``bytes`` counts the rows and slots read and the live bytes of
 the cache written, each once. ``copy`` is a copy of as many bytes by torch, timed in the same way,
-and ``share`` the rate of the call over that of a copy of 1 GiB.
+and ``share`` the rate of the call over that of a copy of 1 GiB. ``--schedules`` tries tokens of a
+program and warps that ``mla_fusions`` would not choose.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from unittest import mock
 
 import torch
 
@@ -28,6 +33,7 @@ from mla_core.bench.ceilings import measure
 from mla_core.bench.timing import GraphClock, HostClock, summarise
 from mla_core.dtypes import torch_dtype
 from mla_core.errors import MLAError
+from mla_fusions import rows
 
 LAYOUTS = (
     *("bf16", "fp8", "fp8_seg656", "fp8_seg644", "fp8_ds656", "fp8_seg576", "fp8_ds32"),
@@ -47,6 +53,7 @@ class Result:
     layout: str
     tokens: int
     backend: str
+    schedule: str
     bytes: int
     num_sets: int
     is_cold: bool
@@ -94,6 +101,9 @@ def main() -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--backends", default="fusions")
     parser.add_argument("--device", default="cuda" if has_gpu else "cpu")
+    parser.add_argument(
+        "--schedules", nargs="+", default=[""], metavar="BLOCK_T,NUM_WARPS", help="both powers of 2"
+    )
     parser.add_argument("--json", help="file to write the results to, one list")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -101,35 +111,47 @@ def main() -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(f"torch {torch.__version__} on {name}, {ceiling:.0f} GB/s at most")
     print(
-        f"{'layout':<18} {'tokens':>6}  {'backend':<10} {'bytes':>11} {'cold':>4} {'us':>9} "
-        f"{'p10':>9} {'p90':>9} {'GB/s':>7} {'copy us':>9} {'share':>6}"
+        f"{'layout':<18} {'tokens':>6}  {'backend':<10} {'schedule':>8} {'bytes':>11} {'cold':>4} "
+        f"{'us':>9} {'p10':>9} {'p90':>9} {'GB/s':>7} {'copy us':>9} {'share':>6}"
     )
     results, is_right = [], True
-    for layout in options.layouts:
-        for tokens in options.tokens:
-            for backend in options.backends.split(","):
-                try:
-                    result = measured(layout, tokens, backend, device, ceiling)
-                except (MLAError, AssertionError) as exc:
-                    print(f"{layout:<18} {tokens:>6}  {backend:<10} {exc}")
-                    is_right = is_right and isinstance(exc, MLAError)
-                    continue
-                results.append(result)
-                print(
-                    f"{layout:<18} {tokens:>6}  {backend:<10} {result.bytes:>11} "
-                    f"{'yes' if result.is_cold else 'no':>4} {result.median_us:>9.2f} "
-                    f"{result.p10_us:>9.2f} {result.p90_us:>9.2f} {result.gbps:>7.0f} "
-                    f"{result.copy_us:>9.2f} {result.share:>6.1%}",
-                    flush=True,
-                )
+    for layout, tokens, backend, schedule in itertools.product(
+        options.layouts, options.tokens, options.backends.split(","), options.schedules
+    ):
+        try:
+            with scheduled(schedule):
+                result = measured(layout, tokens, backend, schedule, device, ceiling)
+        except (MLAError, AssertionError) as exc:
+            print(f"{layout:<18} {tokens:>6}  {backend:<10} {exc}")
+            is_right = is_right and isinstance(exc, MLAError)
+            continue
+        results.append(result)
+        print(
+            f"{layout:<18} {tokens:>6}  {backend:<10} {schedule:>8} {result.bytes:>11} "
+            f"{'yes' if result.is_cold else 'no':>4} {result.median_us:>9.2f} "
+            f"{result.p10_us:>9.2f} {result.p90_us:>9.2f} {result.gbps:>7.0f} "
+            f"{result.copy_us:>9.2f} {result.share:>6.1%}",
+            flush=True,
+        )
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump([asdict(result) for result in results], file, indent=1)
     return 0 if is_right else 1
 
 
+@contextmanager
+def scheduled(schedule: str) -> Iterator[None]:
+    """Have ``mla_fusions`` launch with other numbers, in a block."""
+    if not schedule:
+        yield
+        return
+    block_t, num_warps = map(int, schedule.split(","))
+    with mock.patch.object(rows.Rows, "schedule", return_value=(block_t, num_warps)):
+        yield
+
+
 def measured(
-    layout: str, tokens: int, backend: str, device: torch.device, ceiling: float
+    layout: str, tokens: int, backend: str, schedule: str, device: torch.device, ceiling: float
 ) -> Result:
     """Check one case and time it."""
     is_gpu = device.type == "cuda"
@@ -164,6 +186,7 @@ def measured(
         layout,
         tokens,
         backend,
+        schedule,
         num_bytes,
         num_sets,
         num_sets >= wanted,
@@ -189,10 +212,10 @@ def data_sets(layout: str, tokens: int, device: torch.device, number: int) -> It
         cache = LatentCache.allocate(
             kind, dims, num_pages, page_size, device=device, scale=scale, fill=0xA5
         )
-        rows = torch.randn(tokens, rank + rope, device=device, generator=generator).bfloat16()
+        both = torch.randn(tokens, rank + rope, device=device, generator=generator).bfloat16()
         slots = torch.randperm(num_pages * page_size, device=device, generator=generator)
         # As a model has them: the rotary part stands behind the latent, which is normed apart.
-        yield Data(cache, rows[:, :rank].contiguous(), rows[:, rank:], slots[:tokens].clone())
+        yield Data(cache, both[:, :rank].contiguous(), both[:, rank:], slots[:tokens].clone())
 
 
 def check(data: Data, backend: str) -> None:
