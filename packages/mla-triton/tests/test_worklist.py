@@ -323,7 +323,7 @@ def test_plans_explain_themselves(seed):
     assert device.num_kv_splits == device.schedule.config["num_workers"]
     grid = plan_of(case, inputs)
     assert not grid.is_persistent
-    assert grid.schedule.kernel == "flash_decode"
+    assert "worklist" not in grid.schedule.kernel
 
 
 def test_an_aim_for_the_number_of_pieces():

@@ -54,7 +54,7 @@ def queries_of(layout):
 @pytest.mark.parametrize(
     ("layout", "q_dtype"), [(layout, q) for layout in LAYOUTS for q in queries_of(layout)]
 )
-@pytest.mark.parametrize("num_heads", [1, 8, 12, 16, 20, 40, 128])
+@pytest.mark.parametrize("num_heads", [1, 16, 20, 128])
 def test_formats(layout, q_dtype, num_heads, seed):
     dims = MLADims(num_heads)
     check_all(DecodeCase("formats", LENS, Q_LENS, dims, 64, q_dtype, layout, seed=seed))
@@ -85,7 +85,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["fp8", "fp8_seg644", "fp8_ds656"])
+@pytest.mark.parametrize("layout", ["fp8", "fp8_ds656"])
 @pytest.mark.parametrize("num_heads", [3, 16, 24])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_masks(options, num_heads, layout, seed):
