@@ -4,9 +4,13 @@
     python benchmarks/overhead.py --profile        and what they are spent on
 
 A batch of 256 requests, 128 heads, bf16, page 64; limits are given to the plan, so nothing is read
-from the device. On a GPU launches are real and kernels short: each request has one page. Without
-one, run with TRITON_INTERPRET=0: kernels are compiled for sm90 and then launched into nothing,
-which leaves out what the driver takes, and planning also pays for checks that only CPU tensors get.
+from the device. On a GPU launches are real and kernels short: each request has one page. Of a
+decode, "driver" is what the functions in C take by themselves, with their arguments at hand: they
+read 60 of these and call the GPU's driver.
+
+Without a GPU, run with TRITON_INTERPRET=0: kernels are compiled for sm90 and go through Triton's
+launcher, but the function in C is replaced by one that returns at once, and planning also pays for
+checks that only CPU tensors get.
 """
 
 from __future__ import annotations
@@ -19,11 +23,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from mla_core import LatentCache, MLADims, PagedKV, decode, plan_decode
 from mla_core.arch import cpu_as
+from mla_core.launch import Repeat
+from mla_core.plan import DecodePlan
 from mla_core.testing.null_driver import null_driver
 from mla_triton.aot import kernels
 
@@ -42,11 +49,19 @@ def main() -> int:
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
     print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if has_gpu else 'no GPU'}")
+    # As in a process that has run a kernel: the first plan looks for Triton, the rest do not.
+    import triton
+
+    print(f"Triton {triton.__version__}")
     with nothing_to_launch_on() if not has_gpu else no_change():
         for num_kv_splits in (1, 4):
             for name, call in calls(device, options.heads, num_kv_splits).items():
-                microseconds = fastest(call, device)
-                print(f"{name:<24} splits {num_kv_splits}  {microseconds:7.1f} us", flush=True)
+                whole = fastest(call, device)
+                shown = f"{name:<24} splits {num_kv_splits}  {whole:7.1f} us"
+                if isinstance(call, Decode):
+                    driver = fastest(call.launch_alone(), device)
+                    shown += f" = Python {whole - driver:6.1f} + driver {driver:5.1f}"
+                print(shown, flush=True)
                 if options.profile:
                     profile(call)
     return 0
@@ -77,12 +92,48 @@ def calls(device: str, num_heads: int, num_kv_splits: int) -> dict[str, Callable
         )
 
     planned = plan_decode(dims, qo_indptr, kv, num_kv_splits=num_kv_splits, backend="triton")
-    scale = dims.sm_scale
     return {
         "plan": plan,
-        "decode, out given": lambda: decode(ql_nope, q_pe, kv, planned, sm_scale=scale, out=out),
-        "decode": lambda: decode(ql_nope, q_pe, kv, planned, sm_scale=scale),
+        "decode, out given": Decode(ql_nope, q_pe, kv, planned, dims.sm_scale, out),
+        "decode": Decode(ql_nope, q_pe, kv, planned, dims.sm_scale, None),
     }
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A decode of one step, to be called again and again."""
+
+    ql_nope: torch.Tensor
+    q_pe: torch.Tensor
+    kv: PagedKV
+    plan: DecodePlan
+    sm_scale: float
+    out: torch.Tensor | None
+
+    def __call__(self) -> None:
+        """Decode."""
+        decode(self.ql_nope, self.q_pe, self.kv, self.plan, sm_scale=self.sm_scale, out=self.out)
+
+    def launch_alone(self) -> Callable[[], None]:
+        """Return what calls the functions in C alone, with what a decode gave them."""
+        seen: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+        repeats_of = Repeat.__call__
+
+        def look(repeat: Repeat, addresses: list[int]) -> bool:
+            seen[:] = repeat.calls(addresses)
+            return repeats_of(repeat, addresses)
+
+        Repeat.__call__ = look  # type: ignore[method-assign]
+        self()
+        Repeat.__call__ = repeats_of  # type: ignore[method-assign]
+        if not seen:
+            sys.exit("overhead: a decode like others before it must be repeated, was made anew")
+
+        def launch_all() -> None:
+            for function, arguments in seen:
+                function(*arguments)
+
+        return launch_all
 
 
 def fastest(call: Callable[[], object], device: str) -> float:

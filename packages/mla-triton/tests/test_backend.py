@@ -114,6 +114,7 @@ def backend_folder():
 
 
 def test_probe_without_triton(monkeypatch):
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
     monkeypatch.setattr(backend, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailableError, match="triton is not installed; pip install"):
         backend.probe("sm90")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -125,7 +126,8 @@ def probe(arch: str) -> None:
     ------
     BackendUnavailableError
     """
-    if find_spec("triton") is None:
+    # Looking for it takes a hundred microseconds, which only the first plans pay.
+    if "triton" not in sys.modules and find_spec("triton") is None:
         raise BackendUnavailableError('triton is not installed; pip install "mla-triton[triton]"')
     if arch == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         raise BackendUnavailableError(

@@ -11,7 +11,7 @@ import torch
 from mla_core.batch import PagedKV
 from mla_core.dtypes import itemsize
 from mla_core.errors import UnsupportedProblemError
-from mla_core.launch import launch
+from mla_core.launch import launch, repeatable
 from mla_core.plan import AttentionOptions, DecodePlan, PlanRequest, Schedule, bind_schedule
 from mla_core.reduce import launch_reduce
 from mla_core.rope import RopeInputs
@@ -94,6 +94,7 @@ def with_config(
     return changed if request.work_list is None else replace(changed, tables=plan.tables)
 
 
+@repeatable
 def decode(
     ql_nope: torch.Tensor,
     q_pe: torch.Tensor,

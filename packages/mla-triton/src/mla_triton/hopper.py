@@ -16,7 +16,7 @@ import torch
 
 from mla_core.batch import PagedKV
 from mla_core.dtypes import FP8_DTYPES
-from mla_core.launch import launch
+from mla_core.launch import Address, launch
 from mla_core.plan import DecodePlan, PlanRequest, Schedule, bind_schedule
 from mla_triton.arguments import scale_strides, scales_of
 from mla_triton.splits import INVARIANT_SPLITS, RAGGED, mean_tokens
@@ -209,28 +209,9 @@ def decode(
     Reads every length on the device: no sync and no allocation, so a captured graph replays with
     other lengths. Query rows past ``qo_indptr[-1]`` are left as they are.
     """
-    kv_c, k_pe = kv.cache.field("kv_c"), kv.cache.field("k_pe")
-    key = (
-        "hopper",
-        kv_c.data_ptr(),
-        k_pe.data_ptr(),
-        kv_c.shape,
-        kv_c.stride(),
-        k_pe.stride(),
-        ql_nope.data_ptr() % 16,
-        q_pe.data_ptr() % 16,
-        ql_nope.stride(),
-        q_pe.stride(),
-        out.shape,
-        out.stride(),
-        None if lse is None else lse.stride(),
-    )
-    if key not in plan.memo:
-        plan.memo[key] = _prepare(ql_nope, q_pe, kv, plan, out, lse)
-    call = plan.memo[key]
+    call = _prepare(ql_nope, q_pe, kv, plan, out, lse)
     if call is None:
         return False
-    assert isinstance(call, _Call)
     if not call.num_programs:
         return True
     workspace = plan.workspace
@@ -251,8 +232,8 @@ def decode(
         note,
         ql_nope,
         q_pe,
-        kv_c,
-        k_pe,
+        kv.cache.field("kv_c"),
+        kv.cache.field("k_pe"),
         note if kv_scale is None else kv_scale,
         *call.descriptors,
         plan.qo_indptr,
@@ -284,7 +265,7 @@ def decode(
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What calls of a plan with like tensors pass besides those tensors; worked out once."""
+    """What a call passes besides its tensors."""
 
     kernel: Any
     num_programs: int
@@ -417,17 +398,6 @@ def _merge_launch(max_runs: int) -> tuple[int, int, int]:
     return (1, 16, 8) if max_runs > 4 else (2, 4, 4)
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """What a tensor descriptor needs of a tensor; keeps no memory alive."""
-
-    pointer: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.pointer
-
-
 def _descriptors(kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[object, object, int, int]:
     """Return tensor descriptors of both parts and their rows from page to page; none without TMA.
 
@@ -477,5 +447,6 @@ def _descriptor(
 
     elements = {torch.uint8: gl.uint8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
     layout = gl.NVMMASharedLayout.get_default_for([TILE, block], elements[dtype])
-    memory = _Memory(pointer, dtype)
-    return TensorDescriptor(memory, [num_rows, width], [stride, 1], [TILE, block], layout)
+    return TensorDescriptor(
+        Address(pointer, dtype), [num_rows, width], [stride, 1], [TILE, block], layout
+    )
