@@ -48,12 +48,13 @@ def measure(device: torch.device, dtype_name: str, *, megabytes: int | None = No
 
 @functools.cache
 def _memory_gbps(device: torch.device, megabytes: int) -> float:
-    """Return the better of copying (read + write) and reading (a sum) one large tensor."""
+    """Return the best of copying (read + write) and reading (a sum, a product) one large tensor."""
     source = torch.ones(megabytes * 2**18, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     size = source.numel() * source.element_size()
     copy_us = _best_us(lambda: target.copy_(source), device)
-    read_us = _best_us(lambda: source.sum(), device)
+    matrix, vector = source.view(-1, 4096), source[:4096]
+    read_us = min(_best_us(call, device) for call in (source.sum, lambda: matrix @ vector))
     return max(2 * size / copy_us, size / read_us) * 1e-3
 
 
