@@ -56,7 +56,7 @@ def test_writers_of_heads(arch, asm_layout, seed):
         by_token = [torch.zeros(2, 32) for _ in range(2)]
         by_block = [torch.zeros(2, 2) for _ in range(2)]
         with nullcontext([]) if where is None else emulated_triton(where, *KERNELS) as results:
-            for rows, slots in zip(batches, ([*range(10)], [11, -1, 10]), strict=True):
+            for rows, slots in zip(batches, ([*range(10)], [11, 10, -1]), strict=True):
                 key, value = rows
                 mla_fusions.reshape_and_cache_with_block_quant(
                     key, value, *caches, *by_block, torch.tensor(slots), asm_layout

@@ -204,7 +204,7 @@ def reshape_and_cache_with_block_quant(
         With ``asm_layout`` [num_blocks, h]. ``real = stored * scale``.
     slot_mapping : [T], int64 or int32
         ``block * block_size + offset``, distinct; one outside the cache skips its token. Tokens of
-        one block must stand together.
+        one block must stand together, without a skipped one between them.
 
     Raises
     ------
