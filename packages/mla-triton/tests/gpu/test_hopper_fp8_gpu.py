@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mla_core import LatentCache, PagedKV, decode, plan_decode, use_backend, write_kv_cache
 from mla_core.dims import MLADims
 from mla_core.plan import AttentionOptions
+from mla_core.reference import attention
 from mla_core.testing.assertions import TOLERANCES, assert_close
 from mla_core.testing.cases import DecodeCase
 from mla_core.testing.conformance import plan_case, run_case
@@ -126,3 +128,72 @@ def test_queries_of_any_size(seed):
         got, lse = run_case(scaled, plan, return_lse=True)
         assert torch.equal(got, want)
         assert torch.equal(lse, want_lse)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("layout", ["fp8", "fp8_seg656"])
+def test_graph_over_a_cache_past_4_gib(layout, page_size):
+    """Replay with other lengths over pages whose byte offset needs more than 32 bits."""
+    dims = MLADims(16)
+    num_pages = 2**32 // (page_size * 576) + 200
+    scale = {"scale": torch.full((1,), 0.5, device="cuda")} if layout == "fp8" else {}
+    cache = LatentCache.allocate(layout, dims, num_pages, page_size, device="cuda", **scale)
+    far = num_pages - 100 + torch.arange(100, dtype=torch.int32)
+    table = torch.stack([far, torch.arange(100, dtype=torch.int32)]).cuda()
+    # Whole pages, so that replays change the length of the last.
+    num_tokens = 40 * 16
+    table = table[:, : num_tokens // page_size].contiguous()
+    lens = torch.tensor([num_tokens, num_tokens], dtype=torch.int32, device="cuda")
+    kv = PagedKV.from_block_table(cache, table, lens)
+    slots = (table[:, :, None].long() * page_size + torch.arange(page_size).cuda()).flatten()
+    kv_c, k_pe = torch.randn(2 * num_tokens, 576, device="cuda").bfloat16().split((512, 64), 1)
+    with use_backend("reference"):
+        write_kv_cache(kv_c.contiguous(), k_pe.contiguous(), cache, slots)
+    qo_indptr = torch.tensor([0, 1, 2], dtype=torch.int32, device="cuda")
+    q = torch.randn(2, 16, 576, device="cuda").bfloat16()
+    ql_nope, q_pe = q[..., :512], q[..., 512:]
+    bounds = {"total_q": 2, "max_seqlen_q": 1, "max_seqlen_k": num_tokens}
+    plan = plan_decode(dims, qo_indptr, kv, backend="triton", **bounds)
+    assert plan.schedule.kernel == "hopper_packed"
+    out = torch.empty(2, 16, 512, dtype=torch.bfloat16, device="cuda")
+
+    def step():
+        decode(ql_nope, q_pe, kv, plan, sm_scale=dims.sm_scale, out=out)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for kept in (page_size - 2, page_size):
+        kv.kv_last_page_len.fill_(kept)
+        poison_(out)
+        graph.replay()
+        read = [cache.read(slots.view(2, -1)[b, :n]) for b, n in enumerate(kv.seq_lens.tolist())]
+        expected, _ = attention.decode(
+            *(ql_nope, q_pe, [row[0] for row in read], [row[1] for row in read], qo_indptr),
+            sm_scale=dims.sm_scale,
+        )
+        assert_close(out, expected, what="out", tolerance=TOLERANCES["bf16"])
+
+
+def test_batch_invariant_bits(seed):
+    """A request alone gives the bits it gives among others."""
+    case = DecodeCase("mates", (3000, 20, 900), dims=MLADims(16), page_size=64, layout="fp8_ds656")
+    inputs = replace(case, seed=seed).build("cuda")
+    together = run_case(inputs, plan_case(case, inputs, backend="triton", batch_invariant=True))
+    count = int(inputs.kv.kv_indptr[1])
+    alone = replace(
+        inputs,
+        ql_nope=inputs.ql_nope[:1],
+        q_pe=inputs.q_pe[:1],
+        kv=replace(
+            inputs.kv,
+            kv_indptr=inputs.kv.kv_indptr[:2].clone(),
+            kv_page_indices=inputs.kv.kv_page_indices[:count].clone(),
+            kv_last_page_len=inputs.kv.kv_last_page_len[:1].clone(),
+        ),
+        qo_indptr=inputs.qo_indptr[:2].clone(),
+    )
+    got = run_case(alone, plan_case(case, alone, backend="triton", batch_invariant=True))
+    assert torch.equal(got, together[:1])
