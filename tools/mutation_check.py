@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCES = {name: ROOT / "packages" / name / "src" for name in ("mla-core", "mla-triton")}
+SOURCES = {
+    name: ROOT / "packages" / name / "src" for name in ("mla-core", "mla-triton", "mla-fusions")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,9 @@ ATTEND = "mla_core/reference_backend/attend.py"
 REFERENCE_DECODE = "mla_core/reference_backend/decode.py"
 REDUCE = "mla_core/reduce.py"
 V1_2 = "mla_core/metadata/v1_2.py"
+QUANTISE = "mla_fusions/kernels/_quantise.py"
+WRITE_ROWS = "mla_fusions/kernels/write_rows.py"
+WRITE_BLOCKS = "mla_fusions/kernels/write_blocks.py"
 
 MUTANTS: tuple[Mutant, ...] = (
     # The truth: masks, sign, logarithm, sink.
@@ -192,6 +197,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "test_decode",
         "mla-triton",
     ),
+    # Cache writes: ties, scales, the first slot, copies, old tokens of a block.
+    Mutant(QUANTISE, "((magnitude >> 20) & 1)", "1", "test_write_kv_cache", "mla-fusions"),
+    Mutant(QUANTISE, "(a >= 0.75)", "(a > 0.75)", "test_write_kv_cache", "mla-fusions"),
+    Mutant(QUANTISE, "(254 - exponent)", "(253 - exponent)", "test_write_kv_cache", "mla-fusions"),
+    Mutant(QUANTISE, "& 0x80) << 24", "& 0x80) << 23", "test_head_writers", "mla-fusions"),
+    Mutant(WRITE_ROWS, "(slots >= 0)", "(slots > 0)", "test_write_kv_cache", "mla-fusions"),
+    Mutant(WRITE_ROWS, "copy * PLACE[9]", "0 * PLACE[9]", "test_write_kv_cache", "mla-fusions"),
+    Mutant(WRITE_BLOCKS, "x * old_scale", "x", "test_head_writers", "mla-fusions"),
+    Mutant(WRITE_BLOCKS, "if old_scale < scale:", "if True:", "test_head_writers", "mla-fusions"),
 )
 
 

@@ -103,9 +103,9 @@ def e8m0_scales(x, BIAS: tl.constexpr):
     # The next power of two, unless it is one; infinity and NaN give 255, the NaN of E8M0.
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
     exponent = tl.minimum(exponent, 255)
-    # 2 ** -127, the reciprocal of the largest, is no normal number.
-    bits = tl.where(exponent == 254, 0x00400000, (254 - exponent) << 23)
-    reciprocal = tl.where(exponent == 255, float("nan"), bits.to(tl.float32, bitcast=True))
+    # A finite scale is below 2 ** 122, so its reciprocal is a normal number.
+    reciprocal = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    reciprocal = tl.where(exponent == 255, float("nan"), reciprocal)
     return exponent.to(tl.uint8), reciprocal
 
 
