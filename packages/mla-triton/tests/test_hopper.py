@@ -152,9 +152,18 @@ def test_two_programs_over_fp8_caches_share_a_multiprocessor(batch, runs):
     assert schedule.config["max_runs"] == runs
 
 
-def test_a_request_alone_is_cut_into_pieces_that_can_be_merged():
-    schedule = hopper.make_schedule(request_of(16, 1, 2**20, kv_dtype="fp8_e4m3"), SMS)
-    assert schedule.config["max_runs"] in (0, hopper.MAX_RUNS)
+@pytest.mark.parametrize(("kv_dtype", "least", "most"), [("bf16", 100, 132), ("fp8_e4m3", 90, 140)])
+def test_a_request_alone_is_cut_into_as_many_pieces_as_merge_quickly(kv_dtype, least, most):
+    config = hopper.make_schedule(request_of(16, 1, 32768, kv_dtype=kv_dtype), SMS).config
+    assert least <= config["most_pieces"] <= most
+
+
+def test_a_long_request_among_short_ones_is_merged_with_many_loads_at_once():
+    config = hopper.make_schedule(request_of(16, 8, 100000, mean=20000), SMS).config
+    assert config["max_runs"] == 0
+    assert config["most_pieces"] == 84
+    assert hopper._merge_launch(0, 84) == (1, 64, 16)
+    assert hopper._merge_launch(0, 4) == (2, 4, 4)
 
 
 def test_what_cannot_be_cut_has_no_partials():

