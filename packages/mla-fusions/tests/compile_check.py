@@ -107,9 +107,23 @@ def check(arch):
             "case": name,
             "excess": resources.excess(arch),
             "resources": asdict(resources),
+            "tangled": tangled(asm.get("ptx", "")),
             "is_binary": (asm.get("cubin") or asm["hsaco"])[:4] == b"\x7fELF",
         }
         print(json.dumps(result), flush=True)
+
+
+def tangled(ptx):
+    """Return pairs of registers that ptxas 12.8 would mix up: bytes of fp8 beside their upper one.
+
+    It has one instruction convert and join, and takes what it joins from before the conversion.
+    """
+    converted = set(re.findall(r"e4m3x2\.f32\s+(%rs\d+)", ptx))
+    return [
+        (both, upper)
+        for both, upper in re.findall(r"mov\.b32\s+%r\d+, \{(%rs\d+), (%rs\d+)\}", ptx)
+        if both in converted and re.search(rf"shr\.u16\s+{upper}, {both}, 8;", ptx)
+    ]
 
 
 def repeat(arch):

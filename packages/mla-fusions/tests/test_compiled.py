@@ -44,4 +44,5 @@ def test_every_layout_compiles_within_limits(arch):
             excess = [line for line in excess if "local" not in line]
         assert not excess, result
         assert not result["resources"]["scalar_spills"], result
+        assert not result["tangled"], result
     assert repeated == {"is_direct": True, "is_same": True, "name": "write_rows_kernel"}
