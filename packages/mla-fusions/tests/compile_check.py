@@ -1,4 +1,4 @@
-"""Compile the cache writes of an architecture: ``python compile_check.py gfx942``.
+"""Compile the kernels of an architecture: ``python compile_check.py gfx942``.
 
 Prints one JSON line for each compiled kernel, the last one about launches that are repeated. A
 process of its own, since pytest runs kernels in Triton's interpreter, which replaces what the
@@ -13,6 +13,7 @@ import re
 import sys
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain, product
 
 import torch
 from triton.runtime.jit import JITFunction
@@ -20,10 +21,18 @@ from triton.runtime.jit import JITFunction
 from mla_core import LatentCache, MLADims, layouts, write_kv_cache
 from mla_core.arch import cpu_as
 from mla_core.compiling import TARGETS, compile_launch, kernels, recorded
+from mla_core.dtypes import fp8_of_arch, torch_dtype
 from mla_core.resources import resources_of
 from mla_core.testing.null_driver import null_driver
 from mla_core.testing.writes import WRITE_CASES
 from mla_fusions import (
+    batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant as a8w8,
+)
+from mla_fusions import (
+    batched_gemm_a16wfp4,
+    batched_gemm_a16wnvfp4,
+    batched_gemm_afp4wfp4,
+    batched_gemm_bf16,
     reshape_and_cache,
     reshape_and_cache_flash,
     reshape_and_cache_with_block_quant,
@@ -85,6 +94,35 @@ def calls():
     )
 
 
+def products(arch):
+    """Yield absorbed products of 16 heads: W_UK and W_UV, and few, many and very many tokens."""
+    fp8 = torch_dtype(fp8_of_arch(arch))
+    foreign = ({torch.float8_e4m3fn, torch.float8_e4m3fnuz} - {fp8}).pop()
+    one = torch.ones(1)
+    for tokens, (n, k) in product((1, 64, 4096), ((512, 128), (128, 512))):
+        x = torch.empty(tokens, 16, k, dtype=torch.bfloat16).transpose(0, 1)
+        w = torch.empty(16, n, k, dtype=torch.bfloat16)
+        packed, scales = w.view(torch.uint8)[..., : k // 2], w.view(torch.uint8)[..., : k // 32]
+        nvfp4 = w.view(torch.uint8)[..., : k // 16].view(torch.float8_e4m3fn)
+        yield f"product bf16 {tokens} {n}", partial(batched_gemm_bf16, x, w)
+        for flavour in (fp8, foreign):
+            yield f"product {flavour} {tokens} {n}", partial(a8w8, x, w.to(flavour), one)
+        yield f"product mxfp4 {tokens} {n}", partial(batched_gemm_a16wfp4, x, packed, scales)
+        yield (
+            f"product wide mxfp4 {tokens} {n}",
+            partial(batched_gemm_a16wfp4, x, packed, scales, prequant=False),
+        )
+        yield f"product nvfp4 {tokens} {n}", partial(batched_gemm_a16wnvfp4, x, packed, nvfp4)
+    # The last of them, packed on both sides; one head, which is split; a result in fp8.
+    yield (
+        "product packed",
+        partial(batched_gemm_afp4wfp4, packed[:, :64], packed, scales[:, :64], scales),
+    )
+    yield "product split", partial(batched_gemm_bf16, x[:1, :1], w[:1])
+    y = torch.empty(16, 4096, n, dtype=fp8)
+    yield "product to fp8", partial(batched_gemm_a16wfp4, x, packed, scales, y=y, y_scale=one)
+
+
 def large():
     """Return a write into a cache of 2 GiB, which AMD's compiler makes a kernel of its own for."""
     dims = MLADims(16)
@@ -97,21 +135,21 @@ def large():
 
 def check(arch):
     """Compile and print."""
-    for name, call in calls():
+    for name, call in chain(calls(), products(arch)):
         with recorded(arch, KERNELS) as launches:
             call()
-        (launch,) = launches
-        compiled = compile_launch(launch, arch)
-        resources = resources_of(compiled)
-        asm = compiled.asm
-        result = {
-            "case": name,
-            "excess": resources.excess(arch),
-            "resources": asdict(resources),
-            "tangled": tangled(asm.get("ptx", "")),
-            "is_binary": (asm.get("cubin") or asm["hsaco"])[:4] == b"\x7fELF",
-        }
-        print(json.dumps(result), flush=True)
+        for launch in launches:
+            compiled = compile_launch(launch, arch)
+            resources = resources_of(compiled)
+            asm = compiled.asm
+            result = {
+                "case": name,
+                "excess": resources.excess(arch),
+                "resources": asdict(resources),
+                "tangled": tangled(asm.get("ptx", "")),
+                "is_binary": (asm.get("cubin") or asm["hsaco"])[:4] == b"\x7fELF",
+            }
+            print(json.dumps(result), flush=True)
 
 
 def tangled(ptx):

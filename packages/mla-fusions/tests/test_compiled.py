@@ -1,4 +1,4 @@
-"""Cache writes compiled for GPUs that are not here: within limits, without spilling.
+"""Kernels compiled for GPUs that are not here: within limits, without spilling.
 
 Needs neither a GPU nor a vendor's toolkit. Compiles in processes of its own, because Triton's
 interpreter, in which the other tests run kernels, replaces the functions the compiler needs.
@@ -21,11 +21,16 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_check.py")
 #: Bytes of local memory: the return address of NVIDIA's routine for rare cases of a division.
 CALL_BYTES = 8
+#: Six ways to store weights at three numbers of tokens and two shapes; four more launches.
+NUM_PRODUCTS = 6 * 6 + 4
+#: Scalar registers that may be parked in lanes where tiles of comparisons are alive: products that
+#: quantise to MXFP4, or widen a flavour of fp8 that the chip does not know.
+PARKED = 16
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", sorted(GPU_ARCHS))
-def test_every_layout_compiles_within_limits(arch):
+def test_every_kernel_compiles_within_limits(arch):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), arch],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -35,7 +40,7 @@ def test_every_layout_compiles_within_limits(arch):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     *results, repeated = map(json.loads, done.stdout.splitlines())
-    assert len(results) == 26 + 8 + 7
+    assert len(results) == 26 + 8 + 7 + NUM_PRODUCTS
     for result in results:
         print(result["case"], result["resources"])
         assert result["is_binary"], result
@@ -43,6 +48,7 @@ def test_every_layout_compiles_within_limits(arch):
         if arch == "sm90" and result["resources"]["local_bytes"] <= CALL_BYTES:
             excess = [line for line in excess if "local" not in line]
         assert not excess, result
-        assert not result["resources"]["scalar_spills"], result
+        allowed = PARKED if result["case"].startswith("product") else 0
+        assert result["resources"]["scalar_spills"] <= allowed, result
         assert not result["tangled"], result
     assert repeated == {"is_direct": True, "is_same": True, "name": "write_rows_kernel"}

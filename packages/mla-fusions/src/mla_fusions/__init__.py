@@ -1,10 +1,18 @@
-"""Operations around MLA attention in Triton: cache writes.
+"""Operations around MLA attention in Triton: cache writes and absorbed products.
 
 Installing the package is enough: `mla_core` finds it through its entry point. Importing it loads no
 Triton.
 """
 
 from mla_fusions.__about__ import __version__
+from mla_fusions.absorbed import (
+    batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant,
+    batched_gemm_a16wfp4,
+    batched_gemm_a16wnvfp4,
+    batched_gemm_afp4wfp4,
+    batched_gemm_afp4wfp4_pre_quant,
+    batched_gemm_bf16,
+)
 from mla_fusions.head_writers import (
     reshape_and_cache,
     reshape_and_cache_flash,
@@ -20,6 +28,12 @@ from mla_fusions.latent_writers import (
 
 __all__ = [
     "__version__",
+    "batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant",
+    "batched_gemm_a16wfp4",
+    "batched_gemm_a16wnvfp4",
+    "batched_gemm_afp4wfp4",
+    "batched_gemm_afp4wfp4_pre_quant",
+    "batched_gemm_bf16",
     "cat_and_cache_mla",
     "concat_and_cache_mla",
     "concat_and_cache_mla_seg",
