@@ -1,5 +1,7 @@
 """Compile every packaged row of an architecture: ``python aot_check.py gfx942``.
 
+Or only the kernels for Hopper, in Gluon: ``python aot_check.py hopper``.
+
 Prints one JSON line for each compiled kernel. A process of its own, since pytest runs kernels in
 Triton's interpreter, which replaces what the compiler needs.
 """
@@ -17,7 +19,7 @@ from mla_core.plan import AttentionOptions, PlanRequest
 from mla_core.problem import Problem
 from mla_core.rope import FusedRope
 from mla_triton import aot, tuning
-from mla_triton.backend import BACKEND
+from mla_triton.backend import BACKEND, HOPPER_ROWS
 
 PLAIN = AttentionOptions()
 EVERYTHING = AttentionOptions(window=100, softcap=30.0)
@@ -106,18 +108,58 @@ def cases(arch):
             yield aot.DecodeCase(**tiled, num_kv_splits=(1, 8)[index % 2], is_large=is_large)
 
 
-def check(arch):
+def hopper_cases():
+    """Yield cases of the kernels for Hopper that no row of a table stands for."""
+    formats = [("bf16", "bf16", 16), ("bf16", "bf16", 128), ("fp16", "fp16", 16)]
+    formats += [("bf16", "fp8", 16), ("fp8_e4m3", "fp8_seg576", 16)]
+    formats += [("fp8_e4m3", f"fp8_{name}", 16) for name in ("seg644", "seg656", "ds656")]
+    shapes = itertools.product(formats, (256, 512), (16, 64))
+    for index, ((q_dtype, layout, heads), rank, page_size) in enumerate(shapes):
+        splits = (1, 8)[(index + index // 4) % 2]
+        case = aot.DecodeCase(
+            "sm90", MLADims(heads, rank), q_dtype, layout, page_size, num_kv_splits=splits
+        )
+        family = layouts.get(layout)
+        problem = Problem(
+            op="decode",
+            arch="sm90",
+            q_dtype=q_dtype,
+            kv_dtype=family.kv_dtype,
+            dims=case.dims,
+            layout=family.family,
+            page_size=page_size,
+            features=frozenset({"lse"}),
+        )
+        if any(not row.why_not(problem) for row in HOPPER_ROWS):
+            yield case
+
+
+def too_large_for_two(built):
+    """Say why two programs of the kernel for fp8 caches would not share a multiprocessor."""
+    if "hopper_decode" not in built.name or built.resources.registers > 128:
+        return []
+    shared = built.resources.shared_bytes + 1024  # of which CUDA keeps 1 KiB
+    return [] if 2 * shared <= 228 * 1024 else [f"{shared} bytes of shared memory"]
+
+
+def check(what):
     """Compile and print."""
-    reached = {key[0] for key in shapes(arch)}
-    print(json.dumps({"unreached": [r.where for r in tuning.rows(arch) if r.where not in reached]}))
-    for built in aot.build(cases(arch)):
+    arch = "sm90" if what == "hopper" else what
+    wanted = itertools.chain(
+        () if what == "hopper" else cases(arch), hopper_cases() if arch == "sm90" else ()
+    )
+    if what == arch:
+        reached = {key[0] for key in shapes(arch)}
+        unreached = [row.where for row in tuning.rows(arch) if row.where not in reached]
+        print(json.dumps({"unreached": unreached}))
+    for built in aot.build(wanted):
         asm = built.compiled.asm
         text = asm.get("ptx") or asm["amdgcn"]
         result = {
             "name": built.name,
             "configuration": built.configuration,
             "cases": built.cases,
-            "excess": built.resources.excess(arch),
+            "excess": [*built.resources.excess(arch), *too_large_for_two(built)],
             "resources": asdict(built.resources),
             "is_binary": (asm.get("cubin") or asm["hsaco"])[:4] == b"\x7fELF",
             "matrix_instructions": sum(text.count(name) for name in INSTRUCTIONS),

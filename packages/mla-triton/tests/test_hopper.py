@@ -19,12 +19,11 @@ SMS = 132
 def request_of(
     heads, batch, length, *, mean=None, q_len=1, splits=None, features=(), rank=512, **changes
 ):
-    changes = {"q_dtype": "bf16", "kv_dtype": "bf16"} | changes
+    changes = {"q_dtype": "bf16", "kv_dtype": "bf16", "page_size": 64} | changes
     problem = Problem(
         op="decode",
         arch="sm90",
         dims=MLADims(heads, rank),
-        page_size=64,
         q_len=q_len,
         features=frozenset(features),
         **changes,
@@ -102,10 +101,15 @@ def test_an_invariant_plan_does_not_look_at_the_batch():
         # Rotary keys in bf16 would cost such queries bits.
         ({"kv_dtype": "fp8_e4m3", "q_dtype": "fp16", "layout": "ds656"}, False),
         ({"kv_dtype": "fp8_e4m3", "layout": "ds32"}, False),
+        # Rows would not start at multiples of 16 bytes.
+        ({"kv_dtype": "fp8_e4m3", "layout": "ds656", "rank": 256}, False),
+        ({"kv_dtype": "fp8_e4m3", "layout": "seg644", "page_size": 6}, False),
+        ({"kv_dtype": "fp8_e4m3", "layout": "seg644", "page_size": 12}, True),
     ],
     ids=[
         *("plain", "masks", "persistent", "rope", "rank-1024", "rank-256"),
         *("fp8", "fp8-queries", "fp16-queries", "fp16-on-bf16-keys", "ds32"),
+        *("ds656-rank-256", "seg644-page-6", "seg644-page-12"),
     ],
 )
 def test_what_the_kernels_take(changes, takes):
@@ -135,9 +139,11 @@ def test_pages_must_start_evenly(extra):
     assert hopper.is_aligned(q[..., :512], q[..., 512:], kv) == (extra % 16 == 0)
 
 
-def test_the_stride_of_a_single_row_does_not_matter():
+@pytest.mark.parametrize("is_invariant", [False, True])
+def test_the_stride_of_a_single_row_matters_only_where_it_would_among_others(is_invariant):
     q = torch.zeros(1, 1, 576, dtype=torch.bfloat16).as_strided((1, 1, 576), (7, 3, 1))
-    assert hopper.is_aligned(q[..., :512], q[..., 512:], cache_of(1))
+    takes = hopper.is_aligned(q[..., :512], q[..., 512:], cache_of(1), is_invariant)
+    assert takes == (not is_invariant)
 
 
 def test_a_cache_without_pages_has_no_descriptors():
@@ -154,14 +160,14 @@ def test_two_programs_over_fp8_caches_share_a_multiprocessor(batch, runs):
 
 @pytest.mark.parametrize(("kv_dtype", "least", "most"), [("bf16", 100, 132), ("fp8_e4m3", 90, 140)])
 def test_a_request_alone_is_cut_into_as_many_pieces_as_merge_quickly(kv_dtype, least, most):
-    config = hopper.make_schedule(request_of(16, 1, 32768, kv_dtype=kv_dtype), SMS).config
-    assert least <= config["most_pieces"] <= most
+    schedule = hopper.make_schedule(request_of(16, 1, 32768, kv_dtype=kv_dtype), SMS)
+    assert least <= schedule.num_kv_splits <= most
 
 
 def test_a_long_request_among_short_ones_is_merged_with_many_loads_at_once():
-    config = hopper.make_schedule(request_of(16, 8, 100000, mean=20000), SMS).config
-    assert config["max_runs"] == 0
-    assert config["most_pieces"] == 84
+    schedule = hopper.make_schedule(request_of(16, 8, 100000, mean=20000), SMS)
+    assert schedule.config["max_runs"] == 0
+    assert schedule.num_kv_splits == 84
     assert hopper._merge_launch(0, 84) == (1, 64, 16)
     assert hopper._merge_launch(0, 4) == (2, 4, 4)
 
@@ -179,8 +185,10 @@ def test_many_blocks_of_rows_fill_the_device_with_requests():
 
 def test_numbers_of_the_kernels():
     schedule = pytest.importorskip("mla_triton.kernels.hopper.schedule")
-    from mla_triton.kernels.hopper import load, wide
+    from mla_triton.kernels.hopper import load, packed, wide
 
     assert load.TILE.value == hopper.TILE
     assert wide.M.value == hopper.WIDE
+    assert packed.M.value == hopper.PACKED
+    assert packed.CHUNK.value == hopper.PACKED_CHUNK
     assert schedule.START_COST.value == hopper._LINE_START

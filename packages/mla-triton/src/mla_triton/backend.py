@@ -49,16 +49,20 @@ _HOPPER_FP8 = replace(
     layouts=frozenset({"standard", "seg576"}),
     rope_dims=frozenset({64}),
 )
+# Their rotary keys are bf16, which meets the queries' own 16 bits.
+_HOPPER_SCALED = replace(
+    _HOPPER_FP8,
+    q_dtypes=frozenset({"bf16", "fp8_e4m3"}),
+    layouts=frozenset({"seg656", "ds656"}),
+    kv_lora_ranks=frozenset({512}),
+)
 #: The kernels of `mla_triton.hopper`; planning takes them wherever one of these rows holds.
 HOPPER_ROWS = (
     _HOPPER,
     _HOPPER_FP8,
-    # Their rotary keys are bf16, which meets the queries' own 16 bits.
-    replace(
-        _HOPPER_FP8,
-        q_dtypes=frozenset({"bf16", "fp8_e4m3"}),
-        layouts=frozenset({"seg644", "seg656", "ds656"}),
-    ),
+    _HOPPER_SCALED,
+    # Rows of other pages would not start at multiples of 16 bytes.
+    replace(_HOPPER_SCALED, layouts=frozenset({"seg644"}), page_sizes=range(4, 2**20 + 1, 4)),
 )
 _DECODE = Capability(
     op="decode",
@@ -136,7 +140,7 @@ def probe(arch: str) -> None:
 BACKEND = Backend(
     name="triton",
     priority=50,
-    description="Portable Triton kernels for NVIDIA and AMD GPUs.",
+    description="Portable Triton kernels for NVIDIA and AMD GPUs, and Gluon ones for Hopper.",
     probe=probe,
     ops={
         "plan_decode": "mla_triton.decode:plan_decode",

@@ -92,7 +92,7 @@ def make_schedule(
         workspace["partial_lse"] = (rows, torch.float32)
     return Schedule(
         kernel=f"hopper_{_kind(is_packed, tile_rows)}",
-        num_kv_splits=shares.runs or shares.num_workers,
+        num_kv_splits=shares.runs or most_pieces(request, shares.num_workers),
         because=because,
         config={
             "M": tile_rows,
@@ -100,7 +100,6 @@ def make_schedule(
             "num_workers": shares.num_workers,
             "max_runs": shares.runs,
             "min_tiles": shares.min_tiles,
-            "most_pieces": shares.runs or most_pieces(request, shares.num_workers),
         },
         workspace=workspace,
     )
@@ -143,19 +142,19 @@ def deal(
     groups = max(1, multiprocessors // row_blocks)
     longest = max(1, -(-request.max_seqlen_k // TILE))
     mean = max(1.0, min(mean_tokens(request) / TILE, longest))
-    partial = row_blocks * tile_rows * request.problem.dims.kv_lora_rank * 8 / _BYTES
-    waves = -(-groups * row_blocks // multiprocessors)
-    span = math.ceil((mean + _LINE_START) * batch_size / groups)
-    line = waves * (span * _TILE + _START) + _MERGE
-    line += partial * (groups + min(groups, batch_size)) + _PIECE * most_pieces(request, groups)
     if groups > 1 and longest > RAGGED * mean:
         return Shares(groups, 0), f"{because}, ragged"
+    partial = row_blocks * tile_rows * request.problem.dims.kv_lora_rank * 8 / _BYTES
+
+    def run_time(tiles: float, num_programs: int) -> float:
+        return -(-num_programs // multiprocessors) * (math.ceil(tiles) * _TILE + _START)
 
     def even(runs: int) -> float:
-        waves = -(-batch_size * row_blocks * runs // multiprocessors)
         merge = _MERGE + partial * batch_size * runs + _PIECE * runs if runs > 1 else 0.0
-        return waves * (math.ceil(mean / runs) * _TILE + _START) + merge
+        return run_time(mean / runs, batch_size * row_blocks * runs) + merge
 
+    line = run_time((mean + _LINE_START) * batch_size / groups, groups * row_blocks) + _MERGE
+    line += partial * (groups + min(groups, batch_size)) + _PIECE * most_pieces(request, groups)
     runs = min(range(1, min(longest, groups) + 1), key=even)
     if line < even(runs):
         return Shares(groups, 0), f"{because}, spans of all requests"
@@ -168,22 +167,30 @@ def most_pieces(request: PlanRequest, num_workers: int) -> int:
     return min(num_workers, math.ceil(request.max_seqlen_k * num_workers / tokens) + 1)
 
 
-def is_aligned(ql_nope: torch.Tensor, q_pe: torch.Tensor, kv: PagedKV) -> bool:
+def is_aligned(
+    ql_nope: torch.Tensor, q_pe: torch.Tensor, kv: PagedKV, is_invariant: bool = False
+) -> bool:
     """Whether rows start at multiples of 16 bytes and the compiler can tell.
 
     Asynchronous copies move 16 bytes. Of a stride, Triton learns whether it is a multiple of 16
-    elements and nothing else; fp8 caches are addressed by the byte.
+    elements and nothing else; fp8 caches are addressed by the byte. The stride of a dimension of
+    size 1 does not matter, except of queries in ``batch_invariant`` plans, where a token alone goes
+    the way it goes among others.
     """
-    parts = (kv.cache.field("kv_c"), kv.cache.field("k_pe"))
-    is_packed = parts[0].itemsize == 1
-    return all(
-        part.data_ptr() % 16 == 0 and all(stride * unit % 16 == 0 for stride in _row_strides(part))
-        for part, unit in (
-            (ql_nope, 1),
-            (q_pe, 1),
-            *((part, part.itemsize if is_packed else 1) for part in parts),
-        )
-    )
+    cached = (kv.cache.field("kv_c"), kv.cache.field("k_pe"))
+    is_packed = cached[0].itemsize == 1
+    steps = [
+        stride
+        for part in (ql_nope, q_pe)
+        for stride in (part.stride()[:2] if is_invariant else _row_strides(part))
+    ]
+    steps += [
+        stride * (part.itemsize if is_packed else 1)
+        for part in cached
+        for stride in _row_strides(part)
+    ]
+    pointers = [part.data_ptr() for part in (ql_nope, q_pe, *cached)]
+    return all(number % 16 == 0 for number in (*pointers, *steps))
 
 
 def _row_strides(part: torch.Tensor) -> tuple[int, int]:
@@ -299,7 +306,7 @@ def _prepare(
     from mla_triton.kernels.hopper.decode import hopper_decode_kernel
     from mla_triton.kernels.hopper.merge import merge_kernel
 
-    if not is_aligned(ql_nope, q_pe, kv):
+    if not is_aligned(ql_nope, q_pe, kv, "batch_invariant" in plan.request.problem.features):
         return None
     request, options, config = plan.request, plan.options, plan.schedule.config
     kv_c, k_pe = kv.cache.field("kv_c"), kv.cache.field("k_pe")
@@ -320,7 +327,7 @@ def _prepare(
         "HAS_LSE": lse is not None,
         "HAS_SINK": "sink" in request.problem.features,
     }
-    rows, unroll, warps = _merge_launch(config["max_runs"], config["most_pieces"])
+    rows, unroll, warps = _merge_launch(config["max_runs"], plan.num_kv_splits)
     merge_rows = config["row_blocks"] * tile_rows // rows
     has_merge = "partial_out" in plan.workspace
     return _Call(

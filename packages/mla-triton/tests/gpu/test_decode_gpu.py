@@ -215,7 +215,8 @@ def test_replanning_reads_nothing():
         decode(ql_nope, q_pe, kv, plan, sm_scale=DIMS.sm_scale, out=out)
 
 
-def test_cache_past_4_gib_of_elements():
+@pytest.mark.parametrize("kernel", ["planned", "portable", "work list"])
+def test_cache_past_4_gib_of_elements(kernel):
     """Pages whose element offset needs more than 32 bits, beside pages at the start."""
     page_size, num_pages = 64, 2**32 // (64 * 576) + 4000  # about 8.9 GB
     buffer = torch.empty(num_pages, page_size, 576, dtype=torch.bfloat16, device="cuda")
@@ -229,7 +230,11 @@ def test_cache_past_4_gib_of_elements():
     for num_heads in (16, 128):
         dims = DIMS.with_heads(num_heads)
         q = torch.randn(2, num_heads, 576, device="cuda").bfloat16()
-        plan = plan_decode(dims, qo_indptr, kv, backend="triton")
+        persistent = kernel == "work list"
+        plan = plan_decode(dims, qo_indptr, kv, persistent=persistent, backend="triton")
+        if kernel == "portable":
+            plan = with_config(plan, tuning.choose(plan.request))
+            assert plan.schedule.kernel == "flash_decode"
         got = decode(q[..., :512], q[..., 512:], kv, plan, sm_scale=DIMS.sm_scale, return_lse=True)
         check(got, truth(q[..., :512], q[..., 512:], kv, qo_indptr, DIMS.sm_scale))
 

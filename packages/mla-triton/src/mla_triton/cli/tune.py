@@ -2,7 +2,9 @@
 
 Every configuration is checked against the truth before it is timed. Shapes are rounded up to
 buckets of powers of two, and the rows written hold for whole buckets; they come before the packaged
-rows in every later plan. Widths are those of DeepSeek-V3.
+rows in every later plan that takes this kernel. Widths are those of DeepSeek-V3. On Hopper, kernels
+without a table serve most caches (``mla explain`` names them): tune what they leave, such as fp32,
+fused RoPE and work lists.
 
     mla tune                                         a sweep of batches and lengths at 16 heads
     mla tune --heads 128 --batch 64 --context 8192 --layout fp8_ds656

@@ -9,6 +9,11 @@ from triton.language.core import _aggregate as aggregate
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 #: Copy elements asynchronously: ``(shared memory, pointers, mask=)``.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+#: View shared memory as of another type: ``(shared memory, dtype, shape, layout)``.
+reinterpret = (
+    getattr(gl.shared_memory_descriptor, "reinterpret", None)
+    or gl.shared_memory_descriptor._reinterpret
+)
 #: Wait for the threads of the partition.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
@@ -19,4 +24,4 @@ def arrive_copied(barrier):
     async_copy.mbarrier_arrive(barrier, increment_count=False)
 
 
-__all__ = ["aggregate", "arrive_copied", "barrier", "copy_async", "tma_load"]
+__all__ = ["aggregate", "arrive_copied", "barrier", "copy_async", "reinterpret", "tma_load"]

@@ -38,8 +38,8 @@ class Rows:
     ql_nope_stride_h: gl.tensor
     q_pe_stride_t: gl.tensor
     q_pe_stride_h: gl.tensor
-    nope: gl.shared_memory_descriptor  # [2, M, D / 2]
-    rope: gl.shared_memory_descriptor  # [M, R]
+    nope: gl.shared_memory_descriptor  # [2, M, D / 2]; over fp8 caches as `packed` says
+    rope: gl.shared_memory_descriptor  # [M, R]; likewise
 
     @gluon.constexpr_function
     def __init__(
@@ -77,7 +77,7 @@ class Cache:
     kv_scale_ptr: gl.tensor  # [num_pages, PAGE_SIZE, groups] f32; unused without groups
     page_indices_ptr: gl.tensor
     num_pages: gl.tensor
-    kv_c_stride_p: gl.tensor  # elements
+    kv_c_stride_p: gl.tensor  # elements, bytes of an fp8 cache
     kv_c_stride_t: gl.tensor
     k_pe_stride_p: gl.tensor
     k_pe_stride_t: gl.tensor
@@ -136,7 +136,11 @@ class Cache:
 
 @aggregate
 class Tiles:
-    """The rings of tiles in shared memory with their barriers; counts run over a whole kernel."""
+    """The rings of tiles in shared memory with their barriers; counts run over a whole kernel.
+
+    `load_tiles` asks of any kind of tiles that it starts copying the count-th one: ``load_whole``
+    and ``load_tokens``.
+    """
 
     a: gl.shared_memory_descriptor  # [STAGES_A, TILE, D / 2]
     b: gl.shared_memory_descriptor  # [STAGES_B, TILE, D / 2]

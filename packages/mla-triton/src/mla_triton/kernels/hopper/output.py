@@ -106,7 +106,7 @@ class Output:
         """Note for the merge who holds the pieces of a request that ends here."""
         if (block == 0) & item.is_item & item.is_end & (self.EVEN | (not item.is_begin)):
             note = self.note_ptr + work.note(worker) * 4
-            first_worker = work.first_worker(worker)
+            first_worker = work.first_worker()
             gl.store(note, first_worker)
             gl.store(note + 1, worker - first_worker + 1)
             gl.store(note + 2, item.q_begin)

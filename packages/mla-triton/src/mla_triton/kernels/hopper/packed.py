@@ -27,6 +27,7 @@ from mla_triton.kernels.hopper._gluon import (
     arrive_copied,
     barrier,
     copy_async,
+    reinterpret,
     tma_load,
 )
 from mla_triton.kernels.hopper.load import TILE
@@ -253,7 +254,7 @@ def _words(tile):
     ROWS: gl.constexpr = tile.shape[0]
     WIDTH: gl.constexpr = tile.shape[1] // 2
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], gl.int16)
-    return tile._reinterpret(gl.int16, [ROWS, WIDTH], layout)
+    return reinterpret(tile, gl.int16, [ROWS, WIDTH], layout)
 
 
 @gluon.jit
@@ -460,7 +461,7 @@ def _scores(rows, tiles, stage, scales, unscale, q_scale, layout: gl.constexpr):
     else:
         R: gl.constexpr = rows.rope.shape[2]
         rotary: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, R], rows.rope.dtype)
-        key = rope._reinterpret(rows.rope.dtype, [TILE, R], rotary).permute((1, 0))
+        key = reinterpret(rope, rows.rope.dtype, [TILE, R], rotary).permute((1, 0))
         other = mma_v2(rows.rope.index(0).load(left), key.load(right), zeros)
         if tiles.GROUPS == 0:
             s = s_even + s_odd

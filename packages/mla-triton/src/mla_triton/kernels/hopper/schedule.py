@@ -217,7 +217,7 @@ class Work:
         self.EVEN = gl.constexpr(EVEN)
 
     @gluon.jit
-    def first_worker(self, worker):
+    def first_worker(self):
         """Return the worker that begins the first request of this one."""
         if self.EVEN:
             return self.request * self.extra

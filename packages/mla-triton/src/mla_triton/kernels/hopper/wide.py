@@ -3,8 +3,8 @@
 s = sm_scale * (ql_nope @ kv_c.T + q_pe @ k_pe.T);  out = softmax(s) @ kv_c
 
 A program owns 64 rows. Their fp32 output of 512 columns fills half the register file, so two warp
-groups hold half the columns each: ``_left`` forms the scores, the softmax and its half of the
-output; ``_right`` multiplies the same probabilities with the other half; ``load`` feeds both.
+groups hold half the columns each: the left one forms the scores, the softmax and its half of the
+output; the right one multiplies the same probabilities with the other half; a third loads.
 """
 
 from triton.experimental import gluon
