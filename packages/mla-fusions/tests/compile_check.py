@@ -33,6 +33,10 @@ from mla_fusions import (
     batched_gemm_a16wnvfp4,
     batched_gemm_afp4wfp4,
     batched_gemm_bf16,
+    fused_qk_rope_cat_and_cache_mla,
+    fused_qk_rope_concat_and_cache_mla,
+    fused_qk_rope_reshape_and_cache,
+    fused_qk_rope_write_kv_cache,
     reshape_and_cache,
     reshape_and_cache_flash,
     reshape_and_cache_with_block_quant,
@@ -92,6 +96,62 @@ def calls():
         "per block",
         partial(reshape_and_cache_with_block_quant, *pages, scales, scales, slots, True),
     )
+    yield from rotations()
+
+
+def rotations():
+    """Yield calls that also rotate: every layout with many tokens, and every variation once."""
+    for case in cases():
+        yield f"rope {case}", rotate(case)
+    bf16, fp8 = torch.bfloat16, torch.uint8
+    for tokens, heads in ((1, 16), (128, 16), (4096, 128)):
+        for dtype in (bf16, fp8):
+            for is_neox, is_nope_first in ((False, True), (True, False)):
+                call = partial(
+                    fused_qk_rope_concat_and_cache_mla,
+                    *(torch.empty(tokens, heads, n, dtype=bf16) for n in (512, 64)),
+                    *(torch.empty(tokens, n, dtype=bf16) for n in (512, 64)),
+                    torch.empty(64, 64, 576, dtype=dtype),
+                    torch.empty(tokens, heads, 576, dtype=dtype),
+                    torch.arange(tokens),
+                    *(torch.ones(1), torch.ones(1), torch.arange(tokens)),
+                    *(torch.empty(8192, 32, dtype=bf16) for _ in range(2)),
+                    *(is_neox, is_nope_first, is_neox),
+                )
+                yield f"concat t{tokens} h{heads} {dtype} {is_neox}", call
+    for is_neox in (False, True):
+        parts = [torch.empty(512, h, n, dtype=bf16) for h in (16, 1) for n in (512, 64)]
+        table = torch.empty(8192, 64, dtype=bf16)
+        slots = torch.arange(512)
+        call = partial(
+            fused_qk_rope_cat_and_cache_mla,
+            *(*parts, torch.empty(512, 1, 576, dtype=bf16), slots, slots, table, table),
+            *(torch.ones(1), is_neox, 100),
+        )
+        yield f"cat {is_neox}", call
+        q, key = torch.empty(512, 64, 128, dtype=bf16), torch.empty(512, 8, 128, dtype=bf16)
+        caches = torch.empty(32, 8, 8, 16, 16, dtype=fp8), torch.empty(32, 8, 128, 16, dtype=fp8)
+        # A part of the heads turns, with a table of a column for each element.
+        call = partial(
+            fused_qk_rope_reshape_and_cache,
+            *(q, key, key, *caches, slots, slots, table, table, torch.ones(1), torch.ones(1)),
+            *(is_neox, False, True, slots, q, key),
+            rotary_dim=64,
+            dim_offset=32,
+        )
+        yield f"reshape {is_neox}", call
+
+
+def rotate(case):
+    """Return a call that writes a case's rows, rotated."""
+    inputs = case.build()
+    cache = case.cache(inputs.memory, inputs.scale)
+    width = case.dims.qk_rope_head_dim
+    queries = torch.empty(case.num_tokens, 16, case.dims.latent_dim, dtype=inputs.kv_c.dtype)
+    table, positions = torch.empty(8192, width // 2), torch.arange(case.num_tokens)
+    split = queries.split([case.dims.kv_lora_rank, width], -1)
+    arguments = (*split, inputs.kv_c, inputs.k_pe, cache, inputs.slots, positions, table, table)
+    return partial(fused_qk_rope_write_kv_cache, *arguments, is_neox=False)
 
 
 def products(arch):

@@ -10,7 +10,7 @@ from mla_core import BackendUnavailableError, LayoutError, UnsupportedProblemErr
 from mla_core.dtypes import dtype_name
 from mla_core.reference import cache_ops
 from mla_core.testing.poison import poison_
-from mla_fusions import head_writers
+from mla_fusions.rows import require_kernel
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.kernel
@@ -286,9 +286,9 @@ def test_too_few_scales_are_refused():
 
 
 def test_a_chip_without_kernels_is_refused(monkeypatch):
-    head_writers._require_kernel.cache_clear()
+    require_kernel.cache_clear()
     with pytest.raises(UnsupportedProblemError, match=r"device must be one of sm90, .* got sm80"):
-        head_writers._require_kernel("op", "sm80")
+        require_kernel("op", "sm80")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(BackendUnavailableError, match="set TRITON_INTERPRET=1"):
-        head_writers._require_kernel("op", "cpu")
+        require_kernel("op", "cpu")

@@ -1,4 +1,4 @@
-"""Operations around MLA attention in Triton: cache writes and absorbed products.
+"""Operations around MLA attention in Triton: cache writes, also with RoPE, and absorbed products.
 
 Installing the package is enough: `mla_core` finds it through its entry point. Importing it loads no
 Triton.
@@ -25,6 +25,15 @@ from mla_fusions.latent_writers import (
     concat_and_cache_mla,
     concat_and_cache_mla_seg,
 )
+from mla_fusions.rope_head_writers import (
+    fused_qk_rope_cosine_cache_llama,
+    fused_qk_rope_reshape_and_cache,
+)
+from mla_fusions.rope_writers import (
+    fused_qk_rope_cat_and_cache_mla,
+    fused_qk_rope_concat_and_cache_mla,
+    fused_qk_rope_write_kv_cache,
+)
 
 __all__ = [
     "__version__",
@@ -37,6 +46,11 @@ __all__ = [
     "cat_and_cache_mla",
     "concat_and_cache_mla",
     "concat_and_cache_mla_seg",
+    "fused_qk_rope_cat_and_cache_mla",
+    "fused_qk_rope_concat_and_cache_mla",
+    "fused_qk_rope_cosine_cache_llama",
+    "fused_qk_rope_reshape_and_cache",
+    "fused_qk_rope_write_kv_cache",
     "reshape_and_cache",
     "reshape_and_cache_flash",
     "reshape_and_cache_with_block_quant",

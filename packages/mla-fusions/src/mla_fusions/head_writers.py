@@ -15,12 +15,11 @@ from mla_core import layouts
 from mla_core.arch import arch_of
 from mla_core.checks import check_tensor
 from mla_core.dtypes import dtype_name, itemsize
-from mla_core.errors import LayoutError, UnsupportedProblemError
+from mla_core.errors import LayoutError
 from mla_core.launch import launch
 from mla_core.layouts import Digit, Field
 from mla_core.layouts.codecs import Cast, Codec, PerTensor, TokenScaled
 from mla_fusions import rows
-from mla_fusions.backend import probe
 from mla_fusions.latent_writers import FP8_WORDS, ROWS, SLOTS, as_scale, fp8_suffix
 
 _MAX_WIDTH = 1024
@@ -70,10 +69,10 @@ def reshape_and_cache(
     head dims may differ; fp8 saturates; slots past the end are skipped; offsets are 64-bit.
     """
     op = "reshape_and_cache"
-    page_size = _check_rows(op, key, value, key_cache, slot_mapping)
-    caches = _bytes(op, key, kv_cache_dtype, key_cache, value_cache)
-    codec = _codec(op, key, kv_cache_dtype, key_cache)
-    fields = _lane_fields(op, key, value, caches, page_size, codec, is_shuffled=asm_layout)
+    page_size = check_rows(op, key, value, key_cache, slot_mapping)
+    caches = as_bytes(op, key, kv_cache_dtype, key_cache, value_cache)
+    codec = codec_of(op, key, kv_cache_dtype, key_cache)
+    fields = lane_fields(op, key, value, caches, page_size, codec, is_shuffled=asm_layout)
     factors = _factors(op, codec, key, k_scale, v_scale)
     _write(op, key, value, caches, 1, fields, codec, slot_mapping, factors=factors)
 
@@ -110,21 +109,13 @@ def reshape_and_cache_flash(
     different strides.
     """
     op = "reshape_and_cache_flash"
-    _check_rows(op, key, value, key_cache, slot_mapping, page_dim=1)
-    heads, page_size = key.shape[1], key_cache.shape[1]
-    caches = _bytes(op, key, kv_cache_dtype, key_cache, value_cache)
-    codec = _codec(op, key, kv_cache_dtype, key_cache)
-    fields = []
-    for name, rows_, cache in (("key", key, caches[0]), ("value", value, caches[1])):
-        shape = (key_cache.shape[0], page_size, heads, rows_.shape[2])
-        dtypes = (cache.dtype,)
-        check_tensor(op, f"{name}_cache", cache, shape=shape, dtypes=dtypes, device=key.device)
-        size = cache.element_size()
-        tokens, elems = Digit(page_size, cache.stride(1) * size), Digit(rows_.shape[2], size)
-        fields.append(Field(name, codec.dtype, 0, 0, (tokens,), (elems,)))
+    check_rows(op, key, value, key_cache, slot_mapping, page_dim=1)
+    page_size = key_cache.shape[1]
+    caches = as_bytes(op, key, kv_cache_dtype, key_cache, value_cache)
+    codec = codec_of(op, key, kv_cache_dtype, key_cache)
+    fields = flash_fields(op, key, value, caches, page_size, codec)
     factors = _factors(op, codec, key, k_scale, v_scale)
-    both = (fields[0], fields[1])
-    _write(op, key, value, caches, 2, both, codec, slot_mapping, factors=factors)
+    _write(op, key, value, caches, 2, fields, codec, slot_mapping, factors=factors)
 
 
 def reshape_and_cache_with_pertoken_quant(
@@ -161,10 +152,10 @@ def reshape_and_cache_with_pertoken_quant(
     cache's own fp8 flavour. int8 caches are refused.
     """
     op = "reshape_and_cache_with_pertoken_quant"
-    page_size = _check_rows(op, key, value, key_cache, slot_mapping)
-    caches = _bytes(op, key, "fp8", key_cache, value_cache)
-    codec = TokenScaled(_codec(op, key, "fp8", key_cache).dtype)
-    fields = _lane_fields(op, key, value, caches, page_size, codec, is_shuffled=asm_layout)
+    page_size = check_rows(op, key, value, key_cache, slot_mapping)
+    caches = as_bytes(op, key, "fp8", key_cache, value_cache)
+    codec = TokenScaled(codec_of(op, key, "fp8", key_cache).dtype)
+    fields = lane_fields(op, key, value, caches, page_size, codec, is_shuffled=asm_layout)
     num_slots = key_cache.shape[0] * page_size
     scales = (k_dequant_scales, v_dequant_scales)
     for name, each in zip(("k_dequant_scales", "v_dequant_scales"), scales, strict=True):
@@ -275,10 +266,10 @@ def _write_blocks(
     """Check and launch; ``scale_tokens`` is the number of tokens of a scale."""
     if key.ndim == 4 and value.ndim == 4:
         key, value = key.flatten(0, 1), value.flatten(0, 1)
-    page_size = _check_rows(op, key, value, key_cache, slots)
-    caches = _bytes(op, key, "fp8", key_cache, value_cache)
-    codec = _codec(op, key, "fp8", key_cache)
-    fields = _lane_fields(op, key, value, caches, page_size, codec, is_shuffled=is_shuffled)
+    page_size = check_rows(op, key, value, key_cache, slots)
+    caches = as_bytes(op, key, "fp8", key_cache, value_cache)
+    codec = codec_of(op, key, "fp8", key_cache)
+    fields = lane_fields(op, key, value, caches, page_size, codec, is_shuffled=is_shuffled)
     num_blocks, heads, num_tokens = key_cache.shape[0], key.shape[1], slots.shape[0]
     if scale_tokens < page_size or scale_tokens % page_size:
         raise LayoutError(
@@ -299,7 +290,7 @@ def _write_blocks(
     if not num_tokens or not num_blocks:
         return
     arch = arch_of(key.device)
-    _require_kernel(op, arch)
+    rows.require_kernel(op, arch)
     # Imported at the first launch: Triton costs a second and may be absent.
     from mla_fusions.kernels.write_blocks import write_blocks_kernel
 
@@ -334,7 +325,7 @@ def _write_blocks(
     )
 
 
-def _check_rows(
+def check_rows(
     op: str,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -367,7 +358,7 @@ def _check_rows(
     return key_cache.shape[page_dim]
 
 
-def _codec(op: str, key: torch.Tensor, kv_cache_dtype: str, key_cache: torch.Tensor) -> Codec:
+def codec_of(op: str, key: torch.Tensor, kv_cache_dtype: str, key_cache: torch.Tensor) -> Codec:
     """Return how rows are stored."""
     if kv_cache_dtype == "auto":
         return Cast(dtype_name(key.dtype))
@@ -375,7 +366,7 @@ def _codec(op: str, key: torch.Tensor, kv_cache_dtype: str, key_cache: torch.Ten
     return PerTensor("fp8_e4m3fnuz" if suffix else "fp8_e4m3")
 
 
-def _bytes(
+def as_bytes(
     op: str, key: torch.Tensor, kv_cache_dtype: str, *caches: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Check the dtype of both caches, and return fp8 ones as bytes."""
@@ -399,7 +390,27 @@ def _bytes(
     return key_cache.view(torch.uint8), value_cache.view(torch.uint8)
 
 
-def _lane_fields(
+def flash_fields(
+    op: str,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    page_size: int,
+    codec: Codec,
+) -> tuple[Field, Field]:
+    """Return where keys and values lie in a head of a page of whole rows, after checking shapes."""
+    fields = []
+    for name, part, cache in (("key", key, caches[0]), ("value", value, caches[1])):
+        shape = (caches[0].shape[0], page_size, key.shape[1], part.shape[2])
+        dtypes = (cache.dtype,)
+        check_tensor(op, f"{name}_cache", cache, shape=shape, dtypes=dtypes, device=key.device)
+        size = cache.element_size()
+        tokens, elems = Digit(page_size, cache.stride(1) * size), Digit(part.shape[2], size)
+        fields.append(Field(name, codec.dtype, 0, 0, (tokens,), (elems,)))
+    return fields[0], fields[1]
+
+
+def lane_fields(
     op: str,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -465,32 +476,39 @@ def _write(
 ) -> None:
     """Launch; ``head_dim`` is the dimension of heads in the caches."""
     arch = arch_of(key.device)
-    _require_kernel(op, arch)
+    rows.require_kernel(op, arch)
+    spec = spec_of(codec, arch, fields, scales is not None)
     num_blocks, page_size = caches[0].shape[0], fields[0].page_size
-    spec = _rows(codec, arch, fields, scales is not None)
-    targets = []
-    for index, (part, cache) in enumerate(zip((key, value), caches, strict=True)):
-        by_block = None
-        if scales is not None:
-            live = scales[index][:, : num_blocks * page_size]
-            by_block = live.unflatten(1, (num_blocks, page_size)).transpose(0, 1)
-        targets.append(
-            rows.Target(
-                part,
-                part.stride(1),
-                cache,
-                cache.stride(head_dim),
-                by_block,
-                0 if by_block is None else by_block.stride(1),
-                factors[index],
-            )
-        )
-    a, b = targets
+    by_block: list[torch.Tensor | None] = [None, None]
+    if scales is not None:
+        by_block = [
+            each[:, : num_blocks * page_size].unflatten(1, (num_blocks, page_size)).transpose(0, 1)
+            for each in scales
+        ]
+    a, b = (
+        target_of(*each, head_dim)
+        for each in zip((key, value), caches, by_block, factors, strict=True)
+    )
     rows.write(spec, a, b, slots, num_blocks * page_size, key.shape[1])
 
 
+def target_of(
+    part: torch.Tensor,
+    cache: torch.Tensor,
+    scales: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    head_dim: int,
+) -> rows.Target:
+    """Return keys or values and where they go; ``head_dim`` is the dimension of heads there."""
+    stride_h = 0 if scales is None else scales.stride(1)
+    return rows.Target(
+        part, part.stride(1), cache, cache.stride(head_dim), scales, stride_h, factor
+    )
+
+
 @functools.lru_cache(maxsize=256)
-def _rows(codec: Codec, arch: str, fields: tuple[Field, Field], has_scales: bool) -> rows.Rows:
+def spec_of(codec: Codec, arch: str, fields: tuple[Field, Field], has_scales: bool) -> rows.Rows:
+    """Return what a launch needs to know of two parts, stored in pages by head."""
     page_size = fields[0].page_size
     scales = Field("scale", "fp32", 0, 0, (Digit(page_size, 4),), (Digit(1, 4),))
     a, b = (
@@ -498,13 +516,3 @@ def _rows(codec: Codec, arch: str, fields: tuple[Field, Field], has_scales: bool
         for field in fields
     )
     return rows.rows_of(a, b, page_size)
-
-
-@functools.cache
-def _require_kernel(op: str, arch: str) -> None:
-    """Raise where the kernel cannot run; asked once, since looking for Triton takes a while."""
-    probe(arch)
-    if arch not in rows.NATIVE_FP8:
-        raise UnsupportedProblemError(
-            f"{op}: device must be one of {', '.join(rows.NATIVE_FP8)}, got {arch}"
-        )

@@ -178,7 +178,7 @@ def cat_and_cache_mla(
     check_tensor(op, "k_pe", k_pe, shape=shape, dtypes=dtypes, device=device)
     dims = MLADims(1, rank, k_pe.shape[2])
     check_tensor(op, "slot_mapping", slot_mapping, shape=("T",), dtypes=SLOTS, device=device)
-    layout, width = _keys_layout(op, kv_cache, dims, is_shuffled=shuffled_kv_cache)
+    layout, width = keys_layout(op, kv_cache, dims, is_shuffled=shuffled_kv_cache)
     shape = ("num_blocks", heads, "block_size", width) if shuffled_kv_cache else (
         "num_slots", heads, width
     )  # fmt: skip
@@ -280,7 +280,7 @@ def fp8_suffix(op: str, name: str, cache: torch.Tensor) -> str:
     return suffix
 
 
-def _keys_layout(
+def keys_layout(
     op: str, kv_cache: torch.Tensor, dims: MLADims, *, is_shuffled: bool
 ) -> tuple[Layout, int]:
     """Return the layout that the dtype of `cat_and_cache_mla`'s cache stands for, and its width."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,11 @@ import torch
 from mla_core.cache import LatentCache
 from mla_core.dims import MLADims
 from mla_core.dtypes import itemsize
-from mla_core.errors import LayoutError
+from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.launch import launch
 from mla_core.layouts import Field, Layout
 from mla_core.layouts.codecs import Cast, Codec, GroupScaled, NvFp4, PerTensor, TokenScaled
+from mla_fusions.backend import probe
 
 #: The fp8 flavour that a chip converts to in an instruction; the other one takes about a dozen.
 #: The interpreter converts as told, so that both ways are tested.
@@ -24,7 +26,7 @@ NATIVE_FP8 = {
 }
 _BIAS = {"fp8_e4m3": 7, "fp8_e4m3fnuz": 8}
 #: Kinds of codecs, as in `mla_fusions.kernels._quantise`.
-_CAST, _PER_TENSOR, _GROUP_FP32, _GROUP_E8M0, _NVFP4 = range(5)
+_CAST, _PER_TENSOR, _GROUP_FP32, _GROUP_E8M0, _NVFP4, _FP8 = range(6)
 #: Elements of a part that one tile holds at most, and programs to have before tiles grow.
 _TILE_ELEMENTS = 4096
 _MIN_PROGRAMS = 512
@@ -137,6 +139,26 @@ def part_of(
     LayoutError
         As `of_layout`.
     """
+    numbers = codec_of(layout, codec, width, arch)
+    shape = (width, 1, power_of_two(width))
+    if isinstance(codec, GroupScaled | NvFp4) and codec.group:
+        shape = (width, power_of_two(width // codec.group), codec.group)
+    return Part(
+        shape,
+        numbers,
+        place_of(layout, values),
+        None if scales is None else place_of(layout, scales),
+    )
+
+
+def codec_of(layout: str, codec: Codec, width: int, arch: str) -> Numbers:
+    """Return how rows are quantised; `mla_fusions.kernels._quantise` says how.
+
+    Raises
+    ------
+    LayoutError
+        As `of_layout`.
+    """
     kind, group, dtype, min_amax = _CAST, 0, "fp8_e4m3", 0.0
     match codec:
         case Cast():
@@ -163,15 +185,13 @@ def part_of(
             f"layout {layout}: group must be a power of two that divides the width {width} for "
             f"this kernel, got {group}"
         )
-    shape = (width, 1, power_of_two(width))
-    if group:
-        shape = (width, power_of_two(width // group), group)
-    return Part(
-        shape,
-        (kind, _BIAS[dtype], NATIVE_FP8.get(arch) == dtype, min_amax),
-        place_of(layout, values),
-        None if scales is None else place_of(layout, scales),
-    )
+    return (kind, _BIAS[dtype], NATIVE_FP8.get(arch) == dtype, min_amax)
+
+
+def without_factor(codec: Numbers) -> Numbers:
+    """Return a codec that stores as if its factor were 1."""
+    kind, *rest = codec
+    return (_FP8, *rest) if kind == _PER_TENSOR else codec
 
 
 def place_of(layout: str, field: Field) -> Numbers:
@@ -198,6 +218,21 @@ def place_of(layout: str, field: Field) -> Numbers:
     return (t1, t0, first[1], s1, s0, e0, top[1], d0, copies, step)
 
 
+@functools.cache
+def require_kernel(op: str, arch: str) -> None:
+    """Raise where the kernels cannot run; asked once, since looking for Triton takes a while.
+
+    Raises
+    ------
+    BackendUnavailableError, UnsupportedProblemError
+    """
+    probe(arch)
+    if arch not in NATIVE_FP8:
+        raise UnsupportedProblemError(
+            f"{op}: device must be one of {', '.join(NATIVE_FP8)}, got {arch}"
+        )
+
+
 def power_of_two(n: int) -> int:
     """Return the smallest power of two that is not below ``n``, for n >= 1."""
     return 1 << max(n - 1, 0).bit_length()
@@ -222,25 +257,7 @@ def write(
     if not num_tokens or not num_slots:
         return
     block_t, num_warps = rows.schedule(num_tokens, heads)
-    strides: list[int] = []
-    pointers: list[torch.Tensor] = []
-    for target in (a, b):
-        if target is None:
-            pointers += [slots] * 3
-            strides += [0] * 6
-            continue
-        out, scales = target.out, target.scales
-        pointers.append(out)
-        pointers.append(slots if scales is None else scales)
-        pointers.append(slots if target.factor is None else target.factor)
-        strides += [
-            target.rows.stride(0),
-            target.stride_h,
-            out.stride(0),
-            target.out_stride_h,
-            0 if scales is None else scales.stride(0),
-            target.scales_stride_h,
-        ]
+    pointers, strides = operands(slots, a, b)
     launch(
         write_rows_kernel,
         (-(-num_tokens // block_t), heads),
@@ -255,6 +272,34 @@ def write(
         BLOCK_T=block_t,
         num_warps=num_warps,
     )
+
+
+def operands(unused: torch.Tensor, *targets: Target | None) -> tuple[list[torch.Tensor], list[int]]:
+    """Return the pointers and the strides of some targets, as kernels take them.
+
+    For each: outputs, scales, factor; strides of rows by token and head, of outputs by page and
+    head, of scales by page and head. ``unused`` stands where a target has no tensor.
+    """
+    strides: list[int] = []
+    pointers: list[torch.Tensor] = []
+    for target in targets:
+        if target is None:
+            pointers += [unused] * 3
+            strides += [0] * 6
+            continue
+        out, scales = target.out, target.scales
+        pointers.append(out)
+        pointers.append(unused if scales is None else scales)
+        pointers.append(unused if target.factor is None else target.factor)
+        strides += [
+            target.rows.stride(0),
+            target.stride_h,
+            out.stride(0),
+            target.out_stride_h,
+            0 if scales is None else scales.stride(0),
+            target.scales_stride_h,
+        ]
+    return pointers, strides
 
 
 def target_of(cache: LatentCache, name: str, rows: torch.Tensor) -> Target:

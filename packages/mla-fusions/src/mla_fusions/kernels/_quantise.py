@@ -18,6 +18,8 @@ PER_TENSOR = tl.constexpr(1)
 GROUP_FP32 = tl.constexpr(2)
 GROUP_E8M0 = tl.constexpr(3)
 NVFP4 = tl.constexpr(4)
+#: fp8 without any scale.
+FP8 = tl.constexpr(5)
 #: Smallest normal fp32 number, the floor of a scale.
 TINY = tl.constexpr(2.0**-126)
 #: Floor of an E8M0 scale before it is rounded up to a power of two.
@@ -130,7 +132,10 @@ def quantise(x, factor_ptr, CODEC: tl.constexpr):
     KIND: tl.constexpr = CODEC[0]
     BIAS: tl.constexpr = CODEC[1]
     IS_NATIVE: tl.constexpr = CODEC[2]
-    if KIND == PER_TENSOR:
+    if KIND == FP8:
+        codes = fp8_codes(x, BIAS, IS_NATIVE)
+        scales = codes
+    elif KIND == PER_TENSOR:
         codes = fp8_codes(tl.div_rn(x, tl.load(factor_ptr)), BIAS, IS_NATIVE)
         scales = codes
     elif KIND == GROUP_FP32:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from mla_fusions.kernels._quantise import CAST, NVFP4, PER_TENSOR, quantise
+from mla_fusions.kernels._quantise import CAST, FP8, NVFP4, PER_TENSOR, quantise
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def store_rows(
         codes, scales = quantise(x.to(tl.float32), factor_ptr, CODEC)
         STORED: tl.constexpr = SHAPE[0] // 2 if CODEC[0] == NVFP4 else SHAPE[0]
         store_tile(blocks, o, is_live, codes, STORED, PLACE)
-        if CODEC[0] != PER_TENSOR:
+        if CODEC[0] != PER_TENSOR and CODEC[0] != FP8:
             blocks = scales_ptr + (page * scales_stride_p + head * scales_stride_h)
             NUM: tl.constexpr = (SHAPE[0] + SHAPE[2] - 1) // SHAPE[2]
             store_tile(blocks, o, is_live, scales[:, :, None], NUM, SCALES)
