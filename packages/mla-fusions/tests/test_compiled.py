@@ -21,8 +21,9 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_check.py")
 #: Bytes of local memory: the return address of NVIDIA's routine for rare cases of a division.
 CALL_BYTES = 8
-#: Six ways to store weights at three numbers of tokens and two shapes; four more launches.
+#: Every layout and eight other writes, as they are written without turning; the named ops.
 NUM_ROTATIONS = 26 + 8 + 12 + 4
+#: Six ways to store weights at three numbers of tokens and two shapes; four more launches.
 NUM_PRODUCTS = 6 * 6 + 4
 #: Scalar registers that may be parked in lanes where tiles of comparisons are alive: products that
 #: quantise to MXFP4, or widen a flavour of fp8 that the chip does not know.

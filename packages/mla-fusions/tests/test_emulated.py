@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mla_fusions
+from mla_core import LatentCache, MLADims, layouts
 from mla_core.dtypes import torch_dtype
 from mla_core.reference import gemm, quant
 from mla_core.testing.assertions import assert_close
@@ -28,6 +29,7 @@ KERNELS = (
     "mla_fusions.kernels.write_blocks:write_blocks_kernel",
     "mla_fusions.kernels.absorbed:absorbed_kernel",
     "mla_fusions.kernels.absorbed:reduce_splits_kernel",
+    "mla_fusions.kernels.rope_rows:rope_rows_kernel",
 )
 CASES = tuple(
     case
@@ -127,3 +129,59 @@ def test_absorbed_products_of_mxfp4(arch, way, seed):
         expected = gemm.batched_gemm_mxfp4(x, w, scales)
     assert torch.equal(got.isnan(), expected.isnan())
     assert_close(got.nan_to_num(), expected.nan_to_num(), what="y", dtype="fp32")
+
+
+@pytest.mark.parametrize("is_neox", [False, True], ids=["gptj", "neox"])
+@pytest.mark.parametrize("layout", ["bf16", "fp8_ds656", "nvfp4_shuffled", "shuffled_fp8_fnuz"])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_rows_that_are_rotated(arch, layout, is_neox, seed):
+    """What the interpreter writes, bit for bit: products and sums are not fused on the chip."""
+    dims, page_size = MLADims(4, 256, 64), max(16, layouts.get(layout).page_multiple)
+    scale = torch.tensor([0.03]) if layouts.get(layout).needs_scale else None
+    q_nope, q_pe = (torch.randn(3, 5, n).bfloat16() for n in (256, 64))
+    kv_c, k_pe = (torch.randn(3, n).bfloat16() for n in (256, 64))
+    table, offs = torch.randn(9, 48), torch.tensor([0, 1, -4])
+    slots, positions = torch.tensor([page_size + 1, -1, 2]), torch.tensor([8, 1, 3])
+    held = []
+    for where in (None, arch):
+        cache = LatentCache.allocate(layout, dims, 2, page_size, scale=scale, fill=0xA5)
+        q_out = torch.zeros(3, 5, 320).to(torch.float8_e4m3fn)
+        with nullcontext([]) if where is None else emulated_triton(where, *KERNELS) as results:
+            mla_fusions.fused_qk_rope_write_kv_cache(
+                *(q_nope, q_pe, kv_c, k_pe, cache, slots, positions, table[:, :24], table[:, 24:]),
+                is_neox=is_neox,
+                q_out=q_out,
+                q_scale=torch.tensor([0.01]),
+                offs=offs,
+                rotary_dim=48,
+                dim_offset=8,
+            )
+        assert where is None or sum(result.instructions for result in results) > 0
+        held.append([q_out, *cache.buffers])
+    for interpreted, emulated in zip(*held, strict=True):
+        assert torch.equal(interpreted.view(torch.uint8), emulated.view(torch.uint8))
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_heads_that_are_rotated_in_place(arch, seed, monkeypatch):
+    """What the interpreter writes, by programs of several waves that read what they replace."""
+    monkeypatch.setattr(mla_fusions.rotation, "_MIN_PROGRAMS", 1)
+    monkeypatch.setattr(mla_fusions.rows, "_MIN_PROGRAMS", 1)
+    monkeypatch.setattr(mla_fusions.rotation, "_WARP_ELEMENTS", 128)
+    q, key, value = torch.randn(3, 8, 128), torch.randn(5, 2, 128), torch.randn(5, 2, 64)
+    slots, positions = torch.tensor([3, -1, 17, 18, 19]), torch.tensor([8, 1, 3])
+    table, factors = torch.randn(9, 128), (torch.tensor([0.05]), torch.tensor([0.5]))
+    dtype = torch.float8_e4m3fnuz
+    held = []
+    for where in (None, arch):
+        given = q.clone(), key.clone()
+        caches = [torch.zeros(2, 2, 8, 16, 16).to(dtype), torch.zeros(2, 2, 1, 64, 16).to(dtype)]
+        with nullcontext([]) if where is None else emulated_triton(where, *KERNELS) as results:
+            *_, zeros = mla_fusions.fused_qk_rope_reshape_and_cache(
+                *(*given, value, *caches, slots, positions, table[:, :64], table[:, 64:]),
+                *(*factors, True, False, True, None, *given),
+            )
+        assert where is None or sum(result.instructions for result in results) > 0
+        held.append([*given, *caches, zeros])
+    for interpreted, emulated in zip(*held, strict=True):
+        assert torch.equal(interpreted.view(torch.uint8), emulated.view(torch.uint8))
