@@ -33,6 +33,8 @@ from mla_fusions import (
     batched_gemm_a16wnvfp4,
     batched_gemm_afp4wfp4,
     batched_gemm_bf16,
+    fused_qk_rmsnorm_group_quant,
+    fused_qk_rmsnorm_per_token_quant,
     fused_qk_rope_cat_and_cache_mla,
     fused_qk_rope_concat_and_cache_mla,
     fused_qk_rope_reshape_and_cache,
@@ -183,6 +185,23 @@ def products(arch):
     yield "product to fp8", partial(batched_gemm_a16wfp4, x, packed, scales, y=y, y_scale=one)
 
 
+def norms(arch):
+    """Yield norms of DeepSeek-V3's two latents, with each quantiser and without."""
+    q = torch.empty(64, 1536 + 576, dtype=torch.bfloat16)
+    q, k = q[:, :1536], q[:, 1536:2048]
+    q_weight, k_weight = torch.empty(1536, dtype=torch.bfloat16), torch.empty(512)
+    codes = torch.empty(64, 1536, dtype=torch_dtype(fp8_of_arch(arch)))
+    scales = torch.empty(64, 12)
+    packed, exponents = codes.view(torch.uint8)[:, :768], codes.view(torch.uint8)[:, :48]
+    keys = {"k_out": k, "k": k, "k_weight": k_weight}
+    by_group = partial(fused_qk_rmsnorm_group_quant, q_weight=q_weight, **keys)
+    yield "norm groups", partial(by_group, codes, scales, q, q_residual=q, q_res_out=q)
+    yield "norm mxfp4", partial(by_group, packed, exponents, q, group_size=32)
+    yield "norm", partial(by_group, q=q, q_out_unquantized=q, gemma_norm=True)
+    by_token = fused_qk_rmsnorm_per_token_quant
+    yield "norm tokens", partial(by_token, codes, scales[:, :1], q, q_weight, 1e-6, q)
+
+
 def large():
     """Return a write into a cache of 2 GiB, which AMD's compiler makes a kernel of its own for."""
     dims = MLADims(16)
@@ -195,7 +214,7 @@ def large():
 
 def check(arch):
     """Compile and print."""
-    for name, call in chain(calls(), products(arch)):
+    for name, call in chain(calls(), products(arch), norms(arch)):
         with recorded(arch, KERNELS) as launches:
             call()
         for launch in launches:

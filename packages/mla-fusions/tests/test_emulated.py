@@ -30,6 +30,7 @@ KERNELS = (
     "mla_fusions.kernels.absorbed:absorbed_kernel",
     "mla_fusions.kernels.absorbed:reduce_splits_kernel",
     "mla_fusions.kernels.rope_rows:rope_rows_kernel",
+    "mla_fusions.kernels.norms:norm_rows_kernel",
 )
 CASES = tuple(
     case
@@ -185,3 +186,30 @@ def test_heads_that_are_rotated_in_place(arch, seed, monkeypatch):
         held.append([*given, *caches, zeros])
     for interpreted, emulated in zip(*held, strict=True):
         assert torch.equal(interpreted.view(torch.uint8), emulated.view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", ["per_Token", "per_1x128", "per_1x32"])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_norms(arch, kind, seed):
+    """Both rows of a token, a residual, and the query quantised as here."""
+    both, weight = torch.randn(3, 192 + 96).bfloat16(), torch.randn(192).bfloat16()
+    q, k, residual = both[:, :192], both[:, 192:], torch.randn(3, 192).bfloat16()
+    fp8 = torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn
+    groups = {"per_Token": 1, "per_1x128": 2, "per_1x32": 6}[kind]
+    fp4 = kind == "per_1x32"
+    held = []
+    for where in (None, arch):
+        codes = torch.zeros(3, 96 if fp4 else 192, dtype=torch.uint8)
+        scales = torch.zeros(3, groups, dtype=torch.uint8 if fp4 else torch.float32)
+        out, kept, k_out = (torch.zeros(3, n).bfloat16() for n in (192, 192, 96))
+        with nullcontext([]) if where is None else emulated_triton(where, *KERNELS) as results:
+            mla_fusions.fused_qk_rmsnorm(
+                codes if fp4 else codes.view(fp8), scales, q, weight, 1e-6, out,
+                k_out, kept, k, weight[:96], 1e-3, residual, quant_type=kind,
+            )  # fmt: skip
+        assert where is None or sum(result.instructions for result in results) > 0
+        stored = quant.dequantize_mxfp4(codes, scales) if fp4 else codes.view(fp8).double()
+        held.append([stored, scales.double(), out.double(), kept.double(), k_out.double()])
+    for interpreted, emulated in zip(*held, strict=True):
+        # The order of the sum of squares is the compiler's.
+        assert float((emulated - interpreted).norm() / interpreted.norm()) < 1e-2

@@ -1,4 +1,4 @@
-"""Operations around MLA attention in Triton: cache writes, also with RoPE, and absorbed products.
+"""Operations around MLA attention in Triton: cache writes with and without RoPE, products, norms.
 
 Installing the package is enough: `mla_core` finds it through its entry point. Importing it loads no
 Triton.
@@ -25,6 +25,11 @@ from mla_fusions.latent_writers import (
     concat_and_cache_mla,
     concat_and_cache_mla_seg,
 )
+from mla_fusions.norms import (
+    fused_qk_rmsnorm,
+    fused_qk_rmsnorm_group_quant,
+    fused_qk_rmsnorm_per_token_quant,
+)
 from mla_fusions.rope_head_writers import (
     fused_qk_rope_cosine_cache_llama,
     fused_qk_rope_reshape_and_cache,
@@ -46,6 +51,9 @@ __all__ = [
     "cat_and_cache_mla",
     "concat_and_cache_mla",
     "concat_and_cache_mla_seg",
+    "fused_qk_rmsnorm",
+    "fused_qk_rmsnorm_group_quant",
+    "fused_qk_rmsnorm_per_token_quant",
     "fused_qk_rope_cat_and_cache_mla",
     "fused_qk_rope_concat_and_cache_mla",
     "fused_qk_rope_cosine_cache_llama",

@@ -1,0 +1,214 @@
+"""How fast both latents of a layer are normed and the query's quantised.
+
+    python benchmarks/norms.py                              one table, on the GPU at hand
+    python benchmarks/norms.py --tokens 1 4096 --kinds per_1x128 --residual --json norms.json
+
+Latents are bf16, 1536 and 512 wide, slices of one tensor [tokens, 2112] as a projection makes it.
+A call is checked against the fp64 norm before it is timed. What is timed are replays of a CUDA
+graph with one call for each data set; the sets own disjoint memory and together exceed the
+last-level cache three times, unless there would be more than ``MAX_SETS``: then the column ``cold``
+says no. ``bytes`` counts what is read and written, each once, without the weights, and ``share``
+their rate over the best that this device reads or copies at. ``torch`` is the same with
+`torch.nn.functional.rms_norm` and a quantiser of five operations, in the same kind of graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from mla_core.bench.ceilings import measure
+from mla_core.bench.timing import GraphClock, HostClock, summarise
+from mla_core.reference import quant
+from mla_core.reference.norm import rms_norm
+from mla_core.testing.assertions import relative_l2
+from mla_fusions import fused_qk_rmsnorm
+
+Q, K, ROPE, EPS = 1536, 512, 64, 1e-6
+#: Elements of a group of each quantiser, and the largest relative L2 error that it explains.
+KINDS = {"No": (0, 5e-3), "per_Token": (Q, 5e-2), "per_1x128": (128, 5e-2), "per_1x32": (32, 2e-1)}
+TOKENS = (1, 16, 128, 1024, 4096, 16384)
+MAX_SETS = 512
+SAMPLES = 9
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table."""
+
+    kind: str
+    tokens: int
+    has_residual: bool
+    bytes: int
+    num_sets: int
+    is_cold: bool
+    error: float
+    median_us: float
+    p10_us: float
+    p90_us: float
+    gbps: float
+    share: float
+    torch_us: float | None
+
+
+class Data:
+    """One data set: two latents, weights, and everything that is written."""
+
+    def __init__(
+        self, kind: str, tokens: int, has_residual: bool, device: torch.device, seed: int
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=device, generator=generator).bfloat16()
+
+        def empty(columns: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(tokens, columns, dtype=dtype, device=device)
+
+        both = draw(tokens, Q + K + ROPE)
+        self.kind, self.q, self.k = kind, both[:, :Q], both[:, Q : Q + K]
+        self.q_weight, self.k_weight = draw(Q), draw(K)
+        self.residual = draw(tokens, Q) if has_residual else None
+        self.kept = empty(Q, torch.bfloat16) if has_residual else None
+        self.k_out = empty(K, torch.bfloat16)
+        group, self.scales = KINDS[kind][0], None
+        match kind:
+            case "No":
+                self.out = empty(Q, torch.bfloat16)
+            case "per_1x32":
+                self.out = empty(Q // 2, torch.uint8)
+                self.scales = empty(Q // group, torch.uint8)
+            case _:
+                self.out = empty(Q, torch.float8_e4m3fn)
+                self.scales = empty(Q // group, torch.float32)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a call must move."""
+        tensors = (self.q, self.k, self.residual, self.kept, self.k_out, self.out, self.scales)
+        return sum(each.numel() * each.element_size() for each in tensors if each is not None)
+
+    def call(self) -> torch.Tensor:
+        """Norm and quantise."""
+        fused_qk_rmsnorm(
+            self.out, self.scales, self.q, self.q_weight, EPS, None, self.k_out, self.kept,
+            self.k, self.k_weight, EPS, self.residual, quant_type=self.kind,
+        )  # fmt: skip
+        return self.out
+
+    def in_torch(self) -> torch.Tensor:
+        """Do the same in torch; not for MXFP4."""
+        norm, q = torch.nn.functional.rms_norm, self.q
+        if self.residual is not None:
+            q = torch.add(q, self.residual, out=self.kept)
+        self.k_out.copy_(norm(self.k, (K,), self.k_weight, EPS))
+        y = norm(q, (Q,), self.q_weight, EPS)
+        if self.scales is None:
+            return self.out.copy_(y)
+        groups = y.view(y.shape[0], self.scales.shape[1], -1).float()
+        torch.div(groups.abs().amax(-1), 448, out=self.scales)
+        return self.out.copy_((groups / self.scales[..., None]).flatten(1))
+
+    def error(self) -> float:
+        """Return the relative L2 error of the query's norm, and assert the rest."""
+        expected, _ = rms_norm(self.q, self.q_weight, EPS, residual=self.residual)
+        keys, _ = rms_norm(self.k, self.k_weight, EPS)
+        assert relative_l2(self.k_out, keys) < 5e-3, "wrong keys; not timed"
+        if self.scales is None:
+            return relative_l2(self.out, expected)
+        if self.kind == "per_1x32":
+            return relative_l2(quant.dequantize_mxfp4(self.out, self.scales), expected)
+        return relative_l2(quant.dequantize_groups(self.out, self.scales), expected)
+
+
+def main() -> int:
+    """Print the table; return 1 when a result was wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--residual", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", help="file to write the results to, one list")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    ceiling = measure(device, "bf16", megabytes=None if device.type == "cuda" else 16).gbps
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"torch {torch.__version__} on {name}, {ceiling:.0f} GB/s at most")
+    print(
+        f"{'kind':<10} {'tokens':>6} {'bytes':>11} {'cold':>4} {'error':>8} {'us':>8} {'p10':>8} "
+        f"{'p90':>8} {'GB/s':>6} {'share':>6} {'torch us':>9}"
+    )
+    results, is_right = [], True
+    for kind, tokens in itertools.product(options.kinds, options.tokens):
+        try:
+            result = measured(kind, tokens, options.residual, device, ceiling)
+        except AssertionError as exc:
+            print(f"{kind:<10} {tokens:>6} {exc}")
+            is_right = False
+            continue
+        results.append(result)
+        rival = "" if result.torch_us is None else f"{result.torch_us:.2f}"
+        print(
+            f"{kind:<10} {tokens:>6} {result.bytes:>11} {'yes' if result.is_cold else 'no':>4} "
+            f"{result.error:>8.1e} {result.median_us:>8.2f} {result.p10_us:>8.2f} "
+            f"{result.p90_us:>8.2f} {result.gbps:>6.0f} {result.share:>6.1%} {rival:>9}",
+            flush=True,
+        )
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump([asdict(result) for result in results], file, indent=1)
+    return 0 if is_right else 1
+
+
+def measured(
+    kind: str, tokens: int, has_residual: bool, device: torch.device, ceiling: float
+) -> Result:
+    """Check one case and time it."""
+    is_gpu = device.type == "cuda"
+    first = Data(kind, tokens, has_residual, device, 0)
+    first.call()
+    error, num_bytes = first.error(), first.num_bytes
+    assert error <= KINDS[kind][1], f"wrong: relative L2 error {error:.2e}; not timed"
+    wanted = 2
+    if is_gpu:
+        wanted = -(-3 * torch.cuda.get_device_properties(device).L2_cache_size // num_bytes)
+    num_sets = max(2, min(MAX_SETS, wanted))
+    seeds = range(1, num_sets)
+    sets = [first, *(Data(kind, tokens, has_residual, device, seed) for seed in seeds)]
+
+    def clock(call: Callable[[int], object]) -> list[float]:
+        ticks = (GraphClock if is_gpu else HostClock)(call, num_sets)
+        return [ticks.sample() for _ in range(SAMPLES)]
+
+    summary = summarise(clock(lambda i: sets[i].call()))
+    rival = None
+    if kind != "per_1x32":
+        rival = summarise(clock(lambda i: sets[i].in_torch())).median
+    gbps = num_bytes / summary.median * 1e-3
+    return Result(
+        kind,
+        tokens,
+        has_residual,
+        num_bytes,
+        num_sets,
+        is_gpu and num_sets >= wanted,
+        error,
+        summary.median,
+        summary.p10,
+        summary.p90,
+        gbps,
+        gbps / ceiling,
+        rival,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
