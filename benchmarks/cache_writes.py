@@ -21,7 +21,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from unittest import mock
@@ -30,7 +30,7 @@ import torch
 
 from mla_core import LatentCache, MLADims, layouts, write_kv_cache
 from mla_core.bench.ceilings import measure
-from mla_core.bench.timing import GraphClock, HostClock, summarise
+from mla_core.bench.timing import GraphClock, HostClock, Summary, summarise
 from mla_core.dtypes import torch_dtype
 from mla_core.errors import MLAError
 from mla_fusions import rows
@@ -154,34 +154,13 @@ def measured(
     layout: str, tokens: int, backend: str, schedule: str, device: torch.device, ceiling: float
 ) -> Result:
     """Check one case and time it."""
-    is_gpu = device.type == "cuda"
-    cache_bytes = CACHE_BYTES
-    if is_gpu:
-        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     first = next(data_sets(layout, tokens, device, 1))
     check(first, backend)
     num_bytes = first.num_bytes
-    wanted = -(-3 * cache_bytes // num_bytes)
-    num_sets = max(2, min(MAX_SETS, wanted)) if is_gpu else 2
+    num_sets, is_cold = sets_for(num_bytes, device)
     sets = list(data_sets(layout, tokens, device, num_sets))
-    copies = [
-        torch.ones(max(1, num_bytes // 2), dtype=torch.uint8, device=device)
-        for _ in range(2 * num_sets)
-    ]
-
-    def write(i: int) -> torch.Tensor:
-        return sets[i].write(backend)
-
-    def copy(i: int) -> torch.Tensor:
-        return copies[2 * i].copy_(copies[2 * i + 1])
-
-    clock = (GraphClock if is_gpu else HostClock)(write, num_sets)
-    rival = (GraphClock if is_gpu else HostClock)(copy, num_sets)
-    times, rivals = [], []
-    for _ in range(SAMPLES):
-        times.append(clock.sample())
-        rivals.append(rival.sample())
-    summary, gbps = summarise(times), num_bytes / summarise(times).median * 1e-3
+    summary, copied = timed(lambda i: sets[i].write(backend), num_bytes, num_sets, device)
+    gbps = num_bytes / summary.median * 1e-3
     return Result(
         layout,
         tokens,
@@ -189,14 +168,45 @@ def measured(
         schedule,
         num_bytes,
         num_sets,
-        num_sets >= wanted,
+        is_cold,
         summary.median,
         summary.p10,
         summary.p90,
         gbps,
-        summarise(rivals).median,
+        copied.median,
         gbps / ceiling,
     )
+
+
+def sets_for(num_bytes: int, device: torch.device) -> tuple[int, bool]:
+    """Return how many data sets of so many bytes to walk over, and whether they leave the cache."""
+    cache_bytes = CACHE_BYTES
+    if device.type == "cuda":
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    wanted = -(-3 * cache_bytes // num_bytes)
+    num_sets = max(2, min(MAX_SETS, wanted)) if device.type == "cuda" else 2
+    return num_sets, num_sets >= wanted
+
+
+def timed(
+    call: Callable[[int], torch.Tensor], num_bytes: int, num_sets: int, device: torch.device
+) -> tuple[Summary, Summary]:
+    """Time a call for each data set, and a copy of as many bytes, in turns."""
+    copies = [
+        torch.ones(max(1, num_bytes // 2), dtype=torch.uint8, device=device)
+        for _ in range(2 * num_sets)
+    ]
+
+    def copy(i: int) -> torch.Tensor:
+        return copies[2 * i].copy_(copies[2 * i + 1])
+
+    kind = GraphClock if device.type == "cuda" else HostClock
+    clock, rival = kind(call, num_sets), kind(copy, num_sets)
+    times, rivals = [], []
+    for _ in range(SAMPLES):
+        times.append(clock.sample())
+        rivals.append(rival.sample())
+    return summarise(times), summarise(rivals)
 
 
 def data_sets(layout: str, tokens: int, device: torch.device, number: int) -> Iterator[Data]:
@@ -221,14 +231,20 @@ def data_sets(layout: str, tokens: int, device: torch.device, number: int) -> It
 def check(data: Data, backend: str) -> None:
     """Compare all memory of the cache with what the layout's own `pack` writes on the host."""
     data.write(backend)
-    cache, got = data.cache, [buffer.cpu() for buffer in data.cache.buffers]
+    compare(data.cache, data.kv_c, data.k_pe, data.slots)
+
+
+def compare(
+    cache: LatentCache, kv_c: torch.Tensor, k_pe: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Compare all memory of a cache with what these rows make of it."""
     scale = None if cache.scale is None else cache.scale.cpu()
     wanted = LatentCache.allocate(
         cache.layout, cache.dims, cache.num_pages, cache.page_size, scale=scale, fill=0xA5
     )
-    wanted.write(data.kv_c.cpu(), data.k_pe.cpu(), data.slots.cpu())
-    for ours, theirs in zip(got, wanted.buffers, strict=True):
-        as_bytes = [each.view(torch_dtype("uint8")) for each in (ours, theirs)]
+    wanted.write(kv_c.cpu(), k_pe.cpu(), slots.cpu())
+    for ours, theirs in zip(cache.buffers, wanted.buffers, strict=True):
+        as_bytes = [each.cpu().view(torch_dtype("uint8")) for each in (ours, theirs)]
         differing = int((as_bytes[0] != as_bytes[1]).sum())
         assert not differing, f"wrote {differing} other bytes than the reference; not timed"
 
