@@ -310,8 +310,10 @@ def write_queries(
     heads = (program % BLOCKS).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_head = heads < HEADS
     is_live = is_head
+    # For each head, since the interpreter of Triton 3.9 makes numbers of flags that it broadcasts.
+    tokens = tl.zeros((BLOCK_H,), tl.int64) + token
     if SKIPS_QUERIES:
-        is_live &= tl.load(slots_ptr + token, mask=token < num_written, other=-1) >= 0
+        is_live &= tl.load(slots_ptr + tokens, mask=tokens < num_written, other=-1) >= 0
     out = q_out_ptr + (token * q_out_stride_t + heads * q_out_stride_h)
     # Every load comes before the first store.
     if Q_SHAPE[0] > 0:
@@ -319,7 +321,7 @@ def write_queries(
         starts = q_nope_ptr + (token * q_nope_stride_t + heads * q_nope_stride_h)[:, None]
         nope = tl.load(starts + c, mask=is_head[:, None] & (c < Q_SHAPE[0]), other=0)
     if ROPE is not None:
-        position = load_positions(positions_ptr, offsets_ptr, token, True, num_positions)
+        position = load_positions(positions_ptr, offsets_ptr, token, token >= 0, num_positions)
         pe = q_pe_ptr + (token * q_pe_stride_t + heads * q_pe_stride_h)
         a, b = load_pairs(pe + ROPE[1], is_head, ROPE)
         one = tl.arange(0, 1)
@@ -342,7 +344,7 @@ def write_queries(
             tl.store(place[:, None] + r, stored, mask=is_live[:, None] & stays)
         if pe_out_ptr is not None:
             place = pe_out_ptr + (token * pe_out_stride_t + heads * pe_out_stride_h)
-            is_copied = is_head & (token < num_copied)
+            is_copied = is_head & (tokens < num_copied)
             store_pairs(place + ROPE[1], first, second, is_copied, q_factor_ptr, ROPE, None)
             if ROPE[0] < Q_SHAPE[2]:
                 stored = encode(place, rest, q_factor_ptr, None)
@@ -355,7 +357,7 @@ def write_queries(
         ZEROS: tl.constexpr = Q_SHAPE[7]
         z = tl.arange(0, ZEROS)[None, :]
         starts = zeros_ptr + (token * zeros_stride_t + heads * zeros_stride_h)[:, None]
-        mask = is_head[:, None] & (token < num_zeros) & (z < Q_SHAPE[6])
+        mask = (is_head & (tokens < num_zeros))[:, None] & (z < Q_SHAPE[6])
         zeros = tl.zeros((BLOCK_H, ZEROS), zeros_ptr.dtype.element_ty)
         tl.store(starts + z, zeros, mask=mask)
 
