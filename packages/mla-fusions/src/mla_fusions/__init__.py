@@ -25,6 +25,7 @@ from mla_fusions.latent_writers import (
     concat_and_cache_mla,
     concat_and_cache_mla_seg,
 )
+from mla_fusions.layer import MLAEpilogue, MLAPrologue
 from mla_fusions.norms import (
     fused_qk_rmsnorm,
     fused_qk_rmsnorm_group_quant,
@@ -41,6 +42,8 @@ from mla_fusions.rope_writers import (
 )
 
 __all__ = [
+    "MLAEpilogue",
+    "MLAPrologue",
     "__version__",
     "batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant",
     "batched_gemm_a16wfp4",

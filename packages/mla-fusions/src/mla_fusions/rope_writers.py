@@ -31,7 +31,7 @@ from mla_fusions.rotation import (
 
 
 def fused_qk_rope_write_kv_cache(
-    q_nope: torch.Tensor,
+    q_nope: torch.Tensor | None,
     q_pe: torch.Tensor,
     kv_c: torch.Tensor,
     k_pe: torch.Tensor,
@@ -52,8 +52,9 @@ def fused_qk_rope_write_kv_cache(
 
     Parameters
     ----------
-    q_nope : [T, h, c], bf16, fp16 or fp32, last dim contiguous
-        After absorbing W_UK.
+    q_nope : [T, h, c], bf16, fp16 or fp32, last dim contiguous, or None
+        After absorbing W_UK. None leaves the latent part of ``q_out``, which must be given, as it
+        is: the product that absorbs W_UK may have been written there.
     q_pe : [T, h, r], like ``q_nope``
     kv_c : [T, c], bf16, fp16 or fp32, last dim contiguous
     k_pe : [T, r], like ``kv_c``
@@ -88,12 +89,17 @@ def fused_qk_rope_write_kv_cache(
     Notes
     -----
     One launch. Reads queries, keys and a row of each table, writes queries and the live bytes of
-    the cache: 2 * h * (c + r) elements and one row of the cache for each token.
+    the cache: 2 * h * (c + r) elements and one row of the cache for each token, or 2 * h * r
+    without ``q_nope``.
     """
     op = "fused_qk_rope_write_kv_cache"
-    _check_queries(op, q_nope, q_pe)
-    dims, device = cache.dims, q_nope.device
-    num_tokens, heads, rank = q_nope.shape
+    dims, device = cache.dims, q_pe.device
+    if q_nope is None:
+        check_tensor(op, "q_pe", q_pe, shape=("T", "h", "r"), dtypes=ROWS, device=device)
+    else:
+        _check_queries(op, q_nope, q_pe)
+    num_tokens, heads = q_pe.shape[:2]
+    rank = dims.kv_lora_rank if q_nope is None else q_nope.shape[2]
     dtypes = (kv_c.dtype,)
     shape = (num_tokens, dims.kv_lora_rank)
     check_tensor(op, "kv_c", kv_c, shape=shape, dtypes=ROWS, device=device)
@@ -120,8 +126,23 @@ def fused_qk_rope_write_kv_cache(
         dim_offset=dim_offset,
     )
     if q_out is None:
+        if q_nope is None:
+            raise LayoutError(
+                f"{op}: q_out must be [T, h, {dims.latent_dim} or more] without q_nope, got None"
+            )
         q_out = q_nope.new_empty(num_tokens, heads, dims.latent_dim)
-    queries = queries_of(op, q_nope, q_pe, q_out, q_scale)
+    part = q_out
+    if q_nope is None:
+        # The rotary part alone is an output then.
+        named = (num_tokens, heads, f"{dims.latent_dim} or more")
+        check_tensor(op, "q_out", q_out, shape=named, dtypes=(q_out.dtype,), device=device)
+        if q_out.shape[2] < dims.latent_dim:
+            raise LayoutError(
+                f"{op}: q_out must have at least {dims.latent_dim} elements in a head, got "
+                f"{q_out.shape[2]}"
+            )
+        part = q_out[..., rank:]
+    queries = queries_of(op, q_nope, q_pe, part, q_scale)
     spec = rows.of_layout(cache.layout, dims, cache.page_size, arch_of(device))
     a = rows.target_of(cache, "kv_c", kv_c)
     b = None if spec.b is None else rows.target_of(cache, "k_pe", k_pe)
