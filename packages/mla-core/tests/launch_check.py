@@ -177,41 +177,41 @@ def check_repeats(target):
     with null_driver(*target) as driver, Plain() as plain:
         with recording() as tape:
             op(launch, *sets[0])
-        repeat = tape.repeat(sets[0][:2], sets[0][2:], (fixed, pages))
+        repeat = tape.repeat(sets[0][:2], (*sets[0][2:], fixed, pages))
         for tensors in (*sets, *sets):
             driver.launches.clear()
             op(plainly, *tensors)
             expected = strip(driver.launches)
             driver.launches.clear()
             count = plain.count
-            assert repeat(addresses(tensors))
+            assert repeat(addresses((*tensors, fixed, pages)))
             assert plain.count == count
             assert strip(driver.launches) == expected
         last = strip(driver.launches)
-        for function, args in repeat.calls(addresses(sets[-1])):
+        for function, args in repeat.calls(addresses((*sets[-1], fixed, pages))):
             function(*args)
         assert strip(driver.launches)[len(last) :] == last
 
         seen = []
         knobs.runtime.launch_exit_hook.add(seen.append)
-        assert not repeat(addresses(sets[1]))
+        assert not repeat(addresses((*sets[1], fixed, pages)))
         knobs.runtime.launch_exit_hook.remove(seen.append)
         scale_kernel.pre_run_hooks.append(seen.append)
-        assert not repeat(addresses(sets[1]))
+        assert not repeat(addresses((*sets[1], fixed, pages)))
         scale_kernel.pre_run_hooks.clear()
-        assert repeat(addresses(sets[1]))
+        assert repeat(addresses((*sets[1], fixed, pages)))
         forget()
-        assert not repeat(addresses(sets[1]))
+        assert not repeat(addresses((*sets[1], fixed, pages)))
         assert not seen
 
 
 def check_what_cannot_be_repeated():
     x, y, hidden = (torch.empty(200) for _ in range(3))
 
-    def record(*tensors, given=(x, y), whole=(), fixed=(), **constants):
+    def record(*tensors, given=(x, y), whole=(), **constants):
         with recording() as tape:
             launch(scale_kernel, (2,), *tensors, 96, 2.0, BLOCK=64, **constants)
-        return tape.repeat(given, whole, fixed)
+        return tape.repeat(given, whole)
 
     with null_driver(*TARGETS[0]):
         for _ in range(2):
@@ -223,9 +223,7 @@ def check_what_cannot_be_repeated():
         assert record(x, x[32:], given=(y,), whole=(x,)) is not None
         assert record(x, x[32:], given=(y,), whole=(x, x)) is None
         assert record(x, y, given=(x, y, y)) is None
-        assert record(x, y, given=(x,), fixed=(y,)) is not None
-        assert record(x, y[32:], given=(x,), fixed=(y,)) is not None
-        assert record(x, y, fixed=(y,)) is None
+        assert record(x, y, whole=(y,)) is None
         # An empty tensor is nowhere.
         assert record(x, y[:0], given=(x,)) is not None
         assert record(x, y[:0], given=(x, y[:0], y[:0])) is None
@@ -239,7 +237,7 @@ def check_what_cannot_be_repeated():
             assert record(x, y) is not None
             launch(scale_kernel, (2,), x, y, 96, 2.0, BLOCK=64)
         launch(scale_kernel, (2,), hidden, y, 96, 2.0, BLOCK=64)
-        assert len(outer.repeat((x, y), (), ()).steps) == 1
+        assert len(outer.repeat((x, y), ()).steps) == 1
 
 
 def check_other_devices(target):
@@ -250,7 +248,7 @@ def check_other_devices(target):
         home = driver.get_current_device()
         with recording() as tape:
             launch(scale_kernel, (2,), there, there, 60, 2.0, BLOCK=64)
-        repeat = tape.repeat((there,), (), ())
+        repeat = tape.repeat((there,), ())
         launch(scale_kernel, (2,), there, there, 60, 2.0, BLOCK=64)
         launch(scale_kernel, (2,), out_ptr=there, x_ptr=here, count=60, factor=2.0, BLOCK=64)
         assert repeat([also_there.data_ptr()])
@@ -273,7 +271,7 @@ def check_other_devices(target):
         forget()
         with recording() as tape:
             launch(scale_kernel, (2,), there, there, 60, 2.0, BLOCK=64)
-        assert tape.repeat((there,), (), ())([there.data_ptr()])
+        assert tape.repeat((there,), ())([there.data_ptr()])
         assert [each.stream for each in driver.launches[5:]] == [11, 11, 11]
 
 

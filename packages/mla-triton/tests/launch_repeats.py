@@ -53,14 +53,12 @@ def main():
 
 
 def check_decode(driver, steps, plain):
-    """Of each step's calls all but the first skip Triton; they launch the same."""
-    plan = steps[0].plan
-    expected = [launches_of(driver, step.decode, plan) for step in steps]
-    for _ in range(2):
-        steps[0].decode(plan)
+    """Of the calls with plans alike, all but the first skip Triton; they launch the same."""
+    expected = [launches_of(driver, step.decode, step.plan) for step in steps]
+    steps[0].decode(steps[0].plan)
     plain.clear()
     for step, launches in [*zip(steps, expected, strict=True)] * 2:
-        count = len(plain)
+        plan, count = step.plan, len(plain)
         assert launches_of(driver, step.decode, plan, anew=False) == launches
         # The host reads what these were promised, so that they are not repeated on the CPU.
         if plan.request.kv_lens is None and plan.options.rope is None:
@@ -69,17 +67,15 @@ def check_decode(driver, steps, plain):
 
 
 def check_run(driver, steps, plain):
-    """What the backend launches for one step's tensors is repeated for another's."""
-    plan = steps[0].plan
-    expected = [launches_of(driver, step.run, plan) for step in steps]
+    """What the backend launches for one step's tensors and plan is repeated for another's."""
+    expected = [launches_of(driver, step.run, step.plan) for step in steps]
     with recording() as tape:
-        steps[0].run(plan)
-    fixed = (plan.qo_indptr, *plan.workspace.values(), *plan.tables.values())
-    repeat = tape.repeat(steps[0].given, steps[0].whole, fixed)
+        steps[0].run(steps[0].plan)
+    repeat = tape.repeat(steps[0].given, steps[0].whole)
     plain.clear()
     for step, launches in zip(steps, expected, strict=True):
         given = addresses((*step.given, *step.whole))
-        repeated = launches_of(driver, lambda _, given=given: repeat(given), plan, anew=False)
+        repeated = launches_of(driver, lambda _, given=given: repeat(given), step.plan, anew=False)
         assert repeated == launches
     assert not plain
 
@@ -126,7 +122,7 @@ def launches_of(driver, call, plan, anew=True):
     """Return what a call launches, with nothing known from before if it is to be made anew."""
     if anew:
         forget()
-        plan.memo.clear()
+        plan.schedule.memo.clear()
     driver.launches.clear()
     call(plan)
     return [(each.name, each.grid, addresses(each.args)) for each in driver.launches]
@@ -162,7 +158,9 @@ class Step:
         tensors = (self.ql_nope, self.q_pe, self.out, self.lse, self.sink, self.lens)
         index = (kv.kv_indptr, kv.kv_page_indices, kv.kv_last_page_len)
         self.given = [each for each in (*tensors, *index, *self.rotation) if each is not None]
-        self.whole = cache.buffers if scale is None else (*cache.buffers, cache.scale)
+        self.given.append(qo_indptr)
+        owned = (*self.plan.workspace.values(), *self.plan.tables.values())
+        self.whole = [*cache.buffers, *owned, *([] if scale is None else [scale])]
 
     def decode(self, plan):
         table, positions = self.rotation

@@ -148,7 +148,6 @@ class Tape:
         self,
         given: Sequence[torch.Tensor],
         whole: Sequence[torch.Tensor],
-        fixed: Iterable[torch.Tensor],
     ) -> Repeat | None:
         """Return what launches the same for other tensors, or None where that cannot be told.
 
@@ -158,21 +157,18 @@ class Tape:
             Those that change. A launch's tensor that starts where one of them does follows it.
         whole : sequence of tensors
             The same, but launches may also get views of them that start elsewhere.
-        fixed : iterable of tensors
-            Those that stay where they are; launches may get views of them.
         """
         if not self._is_whole:
             return None
         starts = [tensor.data_ptr() for tensor in (*given, *whole)]
         movable = [(nth, _extent(tensor)) for nth, tensor in enumerate(whole, len(given))]
-        extents = [_extent(tensor) for tensor in fixed]
 
         def place_of(address: int) -> _Place:
             found: list[_Place] = [(nth, 0) for nth, start in enumerate(starts) if start == address]
             if not found:
                 found = [(nth, address - it.start) for nth, it in movable if address in it]
             # Nothing is read at 0, where empty tensors are.
-            if (not address and not found) or any(address in extent for extent in extents):
+            if not address and not found:
                 found.append((None, address))
             if len(found) != 1:
                 raise _AmbiguousError
@@ -186,7 +182,7 @@ class Tape:
         except _AmbiguousError:
             return None
         used = dict.fromkeys(place for pair in places for one in pair for place in one)
-        # What steps pick from: all the addresses given, then what is fixed, then parts.
+        # What steps pick from: all the addresses given, then 0 where it is used, then parts.
         pool: list[_Place] = [(nth, 0) for nth in range(len(starts))]
         pool += [place for place in used if place[0] is None]
         pool += [place for place in used if place[0] is not None and place[1]]

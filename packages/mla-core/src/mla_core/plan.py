@@ -140,6 +140,10 @@ class Schedule:
     recipe : WorkListRecipe, optional
         For a work list that the device makes: the plan's tables are then buffers of its sizes, and
         ``workspace`` has the recipe's ``scratch``.
+    memo : dict
+        What ops remember of calls with plans of this schedule: which were checked, and how to
+        repeat them. Grows by little: requests and calls that are alike share a schedule and an
+        entry.
     """
 
     kernel: str
@@ -149,6 +153,7 @@ class Schedule:
     workspace: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
     recipe: WorkListRecipe | None = None
+    memo: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +173,6 @@ class DecodePlan:
         How the backend was chosen; absent on plans rebuilt inside a compiled graph.
     tables : mapping of str to Tensor
         The schedule's tables on the batch's device; of a persistent plan, its work list.
-    memo : dict
-        What ops remember of the calls with this plan: which were checked, and how to repeat them.
-        Grows by little, since calls with one plan resemble each other.
     """
 
     request: PlanRequest
@@ -181,7 +183,6 @@ class DecodePlan:
     workspace: Mapping[str, torch.Tensor]
     choice: Choice | None = None
     tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    memo: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def options(self) -> AttentionOptions:

@@ -66,7 +66,7 @@ def check(case, inputs, plan):
 
 
 def has_repeats(plan):
-    return any(plan.memo.values())
+    return any(plan.schedule.memo.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -124,10 +124,10 @@ def decode(
             for tensor in (*inputs, out, lse)
         ]
         seen = (sm_scale, return_lse, kv.cache.kind, kv.kv_indptr.shape, *looks)
-        repeats = plan.memo.get(seen)
+        repeats = plan.schedule.memo.get(seen)
     if repeats:
         out, lse = missing_outputs(ql_nope, out_shape, out, lse, return_lse)
-        given, whole = _changing((*inputs, out, lse), kv)
+        given, whole = _changing((*inputs, out, lse), kv, plan)
         addresses = [tensor.data_ptr() for tensor in (*given, *whole)]
         repeat = repeats.get(alignment((*given, *whole), addresses))
         if repeat is not None and not env.flag("MLA_CHECK") and repeat(addresses):
@@ -194,29 +194,31 @@ def decode(
         )
         return out if lse is None else (out, lse)
     arguments = ql_nope, q_pe, kv, plan, sm_scale, out, lse, sink, q_scale, global_kv_lens, rope
-    # Calls with one plan resemble each other: those of further layers, if not of further steps.
-    repeats = plan.memo.setdefault(seen, {})
+    # Calls with plans alike resemble each other: those of further layers, and of further steps.
+    repeats = plan.schedule.memo.setdefault(seen, {})
     if not is_repeatable(plan.run) or (reads_values and (promises or rope)):
         _run(*arguments)
     else:
         with recording() as tape:
             _run(*arguments)
-        given, whole = _changing((*inputs, out, lse), kv)
-        fixed = (plan.qo_indptr, *plan.workspace.values(), *plan.tables.values())
-        if (made := tape.repeat(given, whole, fixed)) is not None:
+        given, whole = _changing((*inputs, out, lse), kv, plan)
+        if (made := tape.repeat(given, whole)) is not None:
             tensors = (*given, *whole)
             repeats[alignment(tensors, [tensor.data_ptr() for tensor in tensors])] = made
     return out if lse is None else (out, lse)
 
 
 def _changing(
-    tensors: tuple[torch.Tensor | None, ...], kv: PagedKV
-) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    tensors: tuple[torch.Tensor | None, ...], kv: PagedKV, plan: DecodePlan
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return a call's tensors without their absences, and those of which kernels get views."""
     given = [tensor for tensor in tensors if tensor is not None]
     given += kv.kv_indptr, kv.kv_page_indices, kv.kv_last_page_len
-    cache = kv.cache
-    return given, cache.buffers if cache.scale is None else (*cache.buffers, cache.scale)
+    given.append(plan.qo_indptr)
+    whole = [*kv.cache.buffers, *plan.workspace.values(), *plan.tables.values()]
+    if kv.cache.scale is not None:
+        whole.append(kv.cache.scale)
+    return given, whole
 
 
 def _check(
