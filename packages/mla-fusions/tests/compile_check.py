@@ -33,6 +33,10 @@ from mla_fusions import (
     batched_gemm_a16wnvfp4,
     batched_gemm_afp4wfp4,
     batched_gemm_bf16,
+    fused_bf16_bmm_rope_cat_and_cache_mla,
+    fused_fp4_bmm_rope_cat_and_cache_mla,
+    fused_fp8_bmm_rope_cat_and_cache_mla,
+    fused_nvfp4_bmm_rope_cat_and_cache_mla,
     fused_qk_rmsnorm_group_quant,
     fused_qk_rmsnorm_per_token_quant,
     fused_qk_rope_cat_and_cache_mla,
@@ -185,6 +189,38 @@ def products(arch):
     yield "product to fp8", partial(batched_gemm_a16wfp4, x, packed, scales, y=y, y_scale=one)
 
 
+def absorbed(arch):
+    """Yield what absorbs W_UK, rotates and writes at once, at few and at many tokens."""
+    one, w = torch.ones(1), torch.empty(16, 512, 128, dtype=torch.bfloat16)
+    packed, scales = w.view(torch.uint8)[..., :64], w.view(torch.uint8)[..., :4]
+    nvfp4 = w.view(torch.uint8)[..., :8].view(torch.float8_e4m3fn)
+    fp8 = torch_dtype(fp8_of_arch(arch))
+    cos = torch.empty(100, 32)
+    for tokens in (1, 64, 4096):
+        q = torch.empty(tokens, 16, 192, dtype=torch.bfloat16)
+        k = torch.empty(tokens, 1, 576, dtype=torch.bfloat16)
+        cache, index = torch.empty(8192, 1, 576, dtype=torch.bfloat16), torch.arange(tokens)
+        x, fp8_cache = q[..., :128].transpose(0, 1), cache.to(fp8)
+        rest = (q[..., 128:], k[..., :512], k[..., 512:])
+        where = (index, index, cos, cos)
+        bf16, named = (*rest, cache, *where), {"k_scale": one, "q_out_dtype": fp8}
+        for name, call, weights in (
+            ("bf16", fused_bf16_bmm_rope_cat_and_cache_mla, (w,)),
+            ("fp8", fused_fp8_bmm_rope_cat_and_cache_mla, (w.to(fp8), one)),
+            ("mxfp4", fused_fp4_bmm_rope_cat_and_cache_mla, (packed, scales)),
+            ("nvfp4", fused_nvfp4_bmm_rope_cat_and_cache_mla, (packed, nvfp4)),
+        ):
+            yield f"product rope {name} {tokens}", partial(call, x, *weights, *bf16)
+        yield (
+            f"product rope to fp8 {tokens}",
+            partial(
+                fused_fp8_bmm_rope_cat_and_cache_mla,
+                *(x, w.to(fp8), one, *rest, fp8_cache, *where),
+                **named,
+            ),
+        )
+
+
 def norms(arch):
     """Yield norms of DeepSeek-V3's two latents, with each quantiser and without."""
     q = torch.empty(64, 1536 + 576, dtype=torch.bfloat16)
@@ -214,7 +250,7 @@ def large():
 
 def check(arch):
     """Compile and print."""
-    for name, call in chain(calls(), products(arch), norms(arch)):
+    for name, call in chain(calls(), products(arch), norms(arch), absorbed(arch)):
         with recorded(arch, KERNELS) as launches:
             call()
         for launch in launches:

@@ -31,6 +31,7 @@ KERNELS = (
     "mla_fusions.kernels.absorbed:reduce_splits_kernel",
     "mla_fusions.kernels.rope_rows:rope_rows_kernel",
     "mla_fusions.kernels.norms:norm_rows_kernel",
+    "mla_fusions.kernels.absorbed_rope:absorbed_rope_kernel",
 )
 CASES = tuple(
     case
@@ -213,3 +214,34 @@ def test_norms(arch, kind, seed):
     for interpreted, emulated in zip(*held, strict=True):
         # The order of the sum of squares is the compiler's.
         assert float((emulated - interpreted).norm() / interpreted.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("weights", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_absorbed_products_with_rope_and_write(arch, weights, seed):
+    """All in one launch; rotated rows and the cache bit for bit what the interpreter writes."""
+    heads, tokens, p, c, r = 2, 5, 64, 64, 16
+    fp8 = torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn
+    x, q_pe = torch.randn(heads, tokens, p).bfloat16(), torch.randn(tokens, heads, r).bfloat16()
+    keys, w = torch.randn(tokens + 1, 1, c + r).bfloat16(), torch.randn(heads, c, p)
+    slots, positions = torch.tensor([3, -1, 0, 7, 5, 6]), torch.tensor([8, 1, 3, 0, 2])
+    table, one = torch.randn(9, r), torch.tensor([0.5])
+    rest = (q_pe, keys[..., :c], keys[..., c:])
+    held = []
+    for where in (None, arch):
+        cache = torch.zeros(8, 1, c + r).to(fp8)
+        tail = (*rest, cache, slots, positions, table[:, : r // 2], table[:, r // 2 :])
+        named = {"k_scale": one, "q_out_dtype": torch.float32, "num_decode_toks_for_zeros": 2}
+        with nullcontext([]) if where is None else emulated_triton(where, *KERNELS) as results:
+            if weights == "fp8":
+                call, stored = mla_fusions.fused_fp8_bmm_rope_cat_and_cache_mla, (w.to(fp8), one)
+            else:
+                call = mla_fusions.fused_fp4_bmm_rope_cat_and_cache_mla
+                stored = quant.quantize_mxfp4(w)
+            q_out, *others = call(x, *stored, *tail, **named)
+        assert where is None or sum(result.instructions for result in results) > 0
+        held.append((q_out[..., :c], [q_out[..., c:].contiguous(), *others, cache]))
+    (here, exact_here), (there, exact_there) = held
+    assert_close(there, here, what="absorbed", dtype="fp32")
+    for interpreted, emulated in zip(exact_here, exact_there, strict=True):
+        assert torch.equal(interpreted.view(torch.uint8), emulated.view(torch.uint8))

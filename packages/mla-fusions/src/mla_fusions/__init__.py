@@ -13,6 +13,12 @@ from mla_fusions.absorbed import (
     batched_gemm_afp4wfp4_pre_quant,
     batched_gemm_bf16,
 )
+from mla_fusions.absorbed_rope import (
+    fused_bf16_bmm_rope_cat_and_cache_mla,
+    fused_fp4_bmm_rope_cat_and_cache_mla,
+    fused_fp8_bmm_rope_cat_and_cache_mla,
+    fused_nvfp4_bmm_rope_cat_and_cache_mla,
+)
 from mla_fusions.head_writers import (
     reshape_and_cache,
     reshape_and_cache_flash,
@@ -54,6 +60,10 @@ __all__ = [
     "cat_and_cache_mla",
     "concat_and_cache_mla",
     "concat_and_cache_mla_seg",
+    "fused_bf16_bmm_rope_cat_and_cache_mla",
+    "fused_fp4_bmm_rope_cat_and_cache_mla",
+    "fused_fp8_bmm_rope_cat_and_cache_mla",
+    "fused_nvfp4_bmm_rope_cat_and_cache_mla",
     "fused_qk_rmsnorm",
     "fused_qk_rmsnorm_group_quant",
     "fused_qk_rmsnorm_per_token_quant",

@@ -16,15 +16,16 @@ from mla_core.arch import arch_of
 from mla_core.checks import check_tensor
 from mla_core.errors import LayoutError
 from mla_core.launch import launch
+from mla_fusions import rows
 from mla_fusions.latent_writers import as_scale
-from mla_fusions.rows import NATIVE_FP8, power_of_two
+from mla_fusions.rows import power_of_two
 
 #: Kinds of operands, as in `mla_fusions.kernels.absorbed`.
 _PLAIN, _FP8, _MXFP4, _PACKED, _NVFP4 = range(5)
 _HALF = (torch.bfloat16, torch.float16)
-_FLOATING = (*_HALF, torch.float32)
+FLOATING = (*_HALF, torch.float32)
 #: Name and exponent bias of fp8.
-_FP8_OF = {torch.float8_e4m3fn: ("fp8_e4m3", 7), torch.float8_e4m3fnuz: ("fp8_e4m3fnuz", 8)}
+FP8_OF = {torch.float8_e4m3fn: ("fp8_e4m3", 7), torch.float8_e4m3fnuz: ("fp8_e4m3fnuz", 8)}
 _SCALE_BYTES = (torch.uint8, torch.float8_e8m0fnu)
 #: Chips whose matrix instructions take MXFP4.
 _SCALED_DOT = frozenset({"gfx950"})
@@ -56,6 +57,16 @@ class Tiles:
     num_warps: int
     num_stages: int
 
+    def of(self, tokens: int, n: int) -> int:
+        """Return the number of tiles of one head."""
+        return -(-tokens // self.block_m) * -(-n // self.block_n)
+
+    def cut(self, k: int) -> tuple[int, int]:
+        """Return how many splits are not empty, and how much of ``k`` each takes."""
+        blocks = -(-k // self.block_k)
+        per_split = -(-blocks // min(self.splits, blocks))
+        return -(-blocks // per_split), per_split * self.block_k
+
 
 #: Names that the original's ``config`` has for them; its other entries are without effect.
 _CONFIG = {
@@ -84,11 +95,11 @@ def choose_tiles(
     """
     block_m = min(128, max(16, power_of_two(tokens)))
     block_k = group or (128 if block_m < 128 else 64)
-    rows = -(-tokens // block_m)
+    tiles_m = -(-tokens // block_m)
     block_n = 128
-    while block_n > 16 and heads * rows * -(-n // block_n) < _MIN_PROGRAMS:
+    while block_n > 16 and heads * tiles_m * -(-n // block_n) < _MIN_PROGRAMS:
         block_n //= 2
-    programs = heads * rows * -(-n // block_n)
+    programs = heads * tiles_m * -(-n // block_n)
     splits = 1
     if programs < _FEW_PROGRAMS:
         splits = max(1, min(-(-_FEW_PROGRAMS // max(programs, 1)), k // _MIN_SPLIT))
@@ -145,9 +156,7 @@ def batched_gemm_bf16(
     64-bit addresses; no tokens are legal.
     """
     op = "batched_gemm_bf16"
-    check_tensor(op, "XQ", XQ, shape=("B", "M", "K"), dtypes=_HALF, device=XQ.device)
-    product = _Product(op, "XQ", XQ.transpose(0, 1) if transpose_bm_in else XQ, "WQ", WQ)
-    product.check_weights((XQ.dtype,), XQ.shape[2])
+    product = product_of_halves(op, ("XQ", "WQ"), XQ, WQ, is_turned=transpose_bm_in)
     return product.run(bias, dtype, YQ, transpose_bm, config, splitK)
 
 
@@ -194,15 +203,8 @@ def batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant(
     reciprocal; ``splitK`` is not refused; 64-bit addresses; no tokens are legal.
     """
     op = "batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant"
-    check_tensor(op, "X", X, shape=("B", "M", "K"), dtypes=_FLOATING, device=X.device)
-    if group_size < 32 or group_size & (group_size - 1):
-        raise LayoutError(f"{op}: group_size must be a power of two from 32 on, got {group_size}")
-    x = X.transpose(0, 1) if transpose_bm_in else X
-    product = _Product(op, "X", x, "WQ", WQ, x_kind=_FP8, w_kind=_FP8)
-    product.check_weights(tuple(_FP8_OF), X.shape[2])
-    product.w_factor = as_scale(op, "w_scale", w_scale, X.device)
-    # A group that is shorter because K ends has a scale of its own too.
-    product.group = min(group_size, max(32, power_of_two(X.shape[2])))
+    names = ("X", "WQ", "w_scale")
+    product = product_of_fp8(op, names, X, WQ, w_scale, group_size, is_turned=transpose_bm_in)
     return product.run(bias, dtype, YQ, transpose_bm, config, splitK)
 
 
@@ -251,12 +253,10 @@ def batched_gemm_a16wfp4(
     ``prequant=False`` works; activations that are not finite give NaN; the result is divided by
     ``y_scale`` once, after the splits of K are added, and fp8 saturates.
     """
-    op = "batched_gemm_a16wfp4"
-    dtypes = _FLOATING if prequant else (torch.bfloat16,)
-    check_tensor(op, "x", x, shape=("B", "M", "K"), dtypes=dtypes, device=x.device)
-    x = x.transpose(0, 1) if transpose_bm_in else x
-    product = _Product(op, "x", x, "w", w, x_kind=_MXFP4 if prequant else _PLAIN, w_kind=_MXFP4)
-    product.check_packed_weights(w_scales, _SCALE_BYTES)
+    op, names = "batched_gemm_a16wfp4", ("x", "w", "w_scales")
+    product = product_of_mxfp4(
+        op, names, x, w, w_scales, is_quantised=prequant, is_turned=transpose_bm_in
+    )
     if y_scale is not None:
         product.y_factor = as_scale(op, "y_scale", y_scale, x.device)
     return product.run(None, dtype, y, transpose_bm, config, None, takes_fp8=True)
@@ -306,8 +306,8 @@ def batched_gemm_afp4wfp4(
     x_scales = _as_bytes(x_scales)
     if transpose_bm_in:
         x, x_scales = x.transpose(0, 1), x_scales.transpose(0, 1)
-    product = _Product(op, "x", x, "w", w, x_kind=_PACKED, w_kind=_MXFP4, x_scales=x_scales)
-    product.check_packed_weights(w_scales, _SCALE_BYTES)
+    product = Product(op, "x", x, "w", w, x_kind=_PACKED, w_kind=_MXFP4, x_scales=x_scales)
+    product.check_packed_weights("w_scales", w_scales, _SCALE_BYTES)
     return product.run(None, dtype, y, transpose_bm, config, None)
 
 
@@ -356,14 +356,81 @@ def batched_gemm_a16wnvfp4(
     ------
     LayoutError
     """
-    op = "batched_gemm_a16wnvfp4"
-    check_tensor(op, "x", x, shape=("B", "M", "K"), dtypes=_HALF, device=x.device)
-    x = x.transpose(0, 1) if transpose_bm_in else x
-    product = _Product(op, "x", x, "w", w, w_kind=_NVFP4)
-    product.check_packed_weights(w_scales, (torch.float8_e4m3fn,))
-    if w_global_scale is not None:
-        product.w_factor = as_scale(op, "w_global_scale", w_global_scale, x.device)
+    op, names = "batched_gemm_a16wnvfp4", ("x", "w", "w_scales", "w_global_scale")
+    product = product_of_nvfp4(op, names, x, w, w_scales, w_global_scale, is_turned=transpose_bm_in)
     return product.run(None, dtype, y, transpose_bm, config, None)
+
+
+def product_of_halves(
+    op: str, names: tuple[str, str], x: torch.Tensor, w: torch.Tensor, *, is_turned: bool = False
+) -> Product:
+    """Check bf16 or fp16 on both sides; ``is_turned`` says that x is [tokens, heads, K]."""
+    check_tensor(op, names[0], x, shape=("B", "M", "K"), dtypes=_HALF, device=x.device)
+    product = Product(op, names[0], x.transpose(0, 1) if is_turned else x, names[1], w)
+    product.check_weights((x.dtype,), x.shape[2])
+    return product
+
+
+def product_of_fp8(
+    op: str,
+    names: tuple[str, str, str],
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    group_size: int,
+    *,
+    is_turned: bool = False,
+) -> Product:
+    """Check fp8 weights, and activations to be quantised."""
+    check_tensor(op, names[0], x, shape=("B", "M", "K"), dtypes=FLOATING, device=x.device)
+    if group_size < 32 or group_size & (group_size - 1):
+        raise LayoutError(f"{op}: group_size must be a power of two from 32 on, got {group_size}")
+    x = x.transpose(0, 1) if is_turned else x
+    product = Product(op, names[0], x, names[1], w, x_kind=_FP8, w_kind=_FP8)
+    product.check_weights(tuple(FP8_OF), x.shape[2])
+    product.w_factor = as_scale(op, names[2], w_scale, x.device)
+    # A group that is shorter because K ends has a scale of its own too.
+    product.group = min(group_size, max(32, power_of_two(x.shape[2])))
+    return product
+
+
+def product_of_mxfp4(
+    op: str,
+    names: tuple[str, str, str],
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scales: torch.Tensor,
+    *,
+    is_quantised: bool,
+    is_turned: bool = False,
+) -> Product:
+    """Check MXFP4 weights, and activations to be quantised or not."""
+    dtypes = FLOATING if is_quantised else (torch.bfloat16,)
+    check_tensor(op, names[0], x, shape=("B", "M", "K"), dtypes=dtypes, device=x.device)
+    x, kind = x.transpose(0, 1) if is_turned else x, _MXFP4 if is_quantised else _PLAIN
+    product = Product(op, names[0], x, names[1], w, x_kind=kind, w_kind=_MXFP4)
+    product.check_packed_weights(names[2], w_scales, _SCALE_BYTES)
+    return product
+
+
+def product_of_nvfp4(
+    op: str,
+    names: tuple[str, str, str, str],
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scales: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    *,
+    is_turned: bool = False,
+) -> Product:
+    """Check NVFP4 weights."""
+    check_tensor(op, names[0], x, shape=("B", "M", "K"), dtypes=_HALF, device=x.device)
+    x = x.transpose(0, 1) if is_turned else x
+    product = Product(op, names[0], x, names[1], w, w_kind=_NVFP4)
+    product.check_packed_weights(names[2], w_scales, (torch.float8_e4m3fn,))
+    if global_scale is not None:
+        product.w_factor = as_scale(op, names[3], global_scale, x.device)
+    return product
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -373,7 +440,7 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(slots=True)
-class _Product:
+class Product:
     """A product that is being checked: x [heads, tokens, K] and what weights it meets."""
 
     op: str
@@ -400,7 +467,9 @@ class _Product:
         check_tensor(self.op, self.w_name, w, shape=shape, dtypes=dtypes, device=self.x.device)
         self._set_k(k)
 
-    def check_packed_weights(self, scales: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    def check_packed_weights(
+        self, name: str, scales: torch.Tensor, dtypes: tuple[torch.dtype, ...]
+    ) -> None:
         """Check fp4 weights and their scales."""
         k, group, device = self.x.shape[2], _GROUP[self.w_kind], self.x.device
         if self.x_kind == _PACKED:
@@ -414,7 +483,7 @@ class _Product:
         dtype = (torch.uint8,)
         check_tensor(self.op, self.w_name, self.w, shape=shape, dtypes=dtype, device=device)
         shape = (heads, self.w.shape[1], k // group)
-        check_tensor(self.op, "w_scales", scales, shape=shape, dtypes=dtypes, device=device)
+        check_tensor(self.op, name, scales, shape=shape, dtypes=dtypes, device=device)
         self.w_scales = scales.view(torch.uint8)
         self._set_k(k)
 
@@ -440,9 +509,9 @@ class _Product:
         if bias is not None:
             if bias.ndim == 3 and bias.shape[1] == 1:
                 bias = bias[:, 0]
-            check_tensor(op, "bias", bias, shape=(heads, n), dtypes=_FLOATING, device=device)
+            check_tensor(op, "bias", bias, shape=(heads, n), dtypes=FLOATING, device=device)
         shape = (tokens, heads, n) if transpose_out else (heads, tokens, n)
-        accepted = (*_FLOATING, *_FP8_OF) if takes_fp8 else _FLOATING
+        accepted = (*FLOATING, *FP8_OF) if takes_fp8 else FLOATING
         if y is None:
             dtype = torch.bfloat16 if dtype is None else dtype
             if dtype not in accepted:
@@ -452,93 +521,115 @@ class _Product:
             y = torch.empty(shape, dtype=dtype, device=device)
         name = "y" if self.w_name == "w" else "YQ"
         check_tensor(op, name, y, shape=shape, dtypes=accepted, device=device)
-        tiles = choose_tiles(
-            heads,
-            tokens,
-            n,
-            self.k,
-            arch=arch_of(device),
-            bits=4 if self.w_kind in _GROUP else 8 * self.w.element_size(),
-            group=self.group,
-        )
-        tiles = _configured(op, tiles, config, splits, fixed_k=self.x_kind == _FP8)
+        tiles = self.tiles(config, splits)
         if y.numel():
             self._launch(bias, y.transpose(0, 1) if transpose_out else y, tiles)
         return y
 
+    def tiles(self, config: Mapping[str, int] | None, splits: int | None) -> Tiles:
+        """Return how to cut the product up, as far as the caller does not say."""
+        tiles = choose_tiles(
+            self.x.shape[0],
+            self.x.shape[1],
+            self.w.shape[1],
+            self.k,
+            arch=arch_of(self.x.device),
+            bits=4 if self.w_kind in _GROUP else 8 * self.w.element_size(),
+            group=self.group,
+        )
+        return _configured(self.op, tiles, config, splits, fixed_k=self.x_kind == _FP8)
+
     def _launch(self, bias: torch.Tensor | None, y: torch.Tensor, tiles: Tiles) -> None:
+        rows.require_kernel(self.op, arch_of(y.device))
         # Imported at the first launch: Triton costs a second and may be absent.
         from mla_fusions.kernels.absorbed import absorbed_kernel, reduce_splits_kernel
 
-        arch, x, w = arch_of(y.device), self.x, self.w
         heads, tokens, n = y.shape
-        flavour, fp8_bias = _FP8_OF.get(w.dtype, ("", 7))
-        y_flavour, y_bias = _FP8_OF.get(y.dtype, ("", 0))
-        if flavour:
-            w = w.view(torch.uint8)
-        if y_flavour:
-            y = y.view(torch.uint8)
-        blocks = -(-self.k // tiles.block_k)
-        per_split = -(-blocks // min(tiles.splits, blocks))
-        splits = -(-blocks // per_split)
-        result: dict[str, object] = {
-            "Y_BIAS": y_bias,
-            "Y_IS_NATIVE": NATIVE_FP8.get(arch) == y_flavour,
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-        }
-        sums = y
+        splits = tiles.cut(self.k)[0]
+        sums = None
         if splits > 1:
             sums = torch.empty(splits, heads, tokens, n, dtype=torch.float32, device=y.device)
         last = self.w_factor, bias, self.y_factor
-        programs = -(-tokens // tiles.block_m) * -(-n // tiles.block_n)
+        programs = tiles.of(tokens, n)
+        args, constants = self.arguments(last, y, sums, tiles)
+        options = {"num_warps": tiles.num_warps}
+        stages = {"num_stages": tiles.num_stages}
+        launch(absorbed_kernel, (programs, heads, splits), *args, **constants, **options, **stages)
+        if sums is None:
+            return
+        names = ("Y_BIAS", "Y_IS_NATIVE", "BLOCK_M", "BLOCK_N")
         launch(
-            absorbed_kernel,
-            (programs, heads, splits),
+            reduce_splits_kernel,
+            (programs, heads),
+            sums,
+            *last,
+            _as_bytes_of_fp8(y)[0],
+            tokens,
+            *sums.stride()[:2],
+            0 if bias is None else bias.stride(0),
+            *y.stride()[:2],
+            N=n,
+            NUM_SPLITS=splits,
+            **{name: constants[name] for name in names},
+            **options,
+        )
+
+    def arguments(
+        self,
+        last: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+        y: torch.Tensor,
+        sums: torch.Tensor | None,
+        tiles: Tiles,
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        """Return the arguments and the constants of `absorbed_kernel`.
+
+        ``last`` are the weights' factor, the bias and the result's factor; ``sums`` receives the
+        splits of K, if there are, in place of ``y`` [heads, tokens, N].
+        """
+        arch, x = arch_of(y.device), self.x
+        w, w_fp8, w_bias = _as_bytes_of_fp8(self.w)
+        y, y_fp8, y_bias = _as_bytes_of_fp8(y)
+        bias = last[1]
+        out = y if sums is None else sums
+        args = (
             x,
             self.x_scales,
             w,
             self.w_scales,
-            *((None, None, None) if splits > 1 else last),
-            sums,
-            tokens,
+            *(last if sums is None else (None, None, None)),
+            out,
+            y.shape[1],
             *x.stride()[:2],
             *_strides(self.x_scales),
             *w.stride(),
             *_strides(self.w_scales),
             0 if bias is None else bias.stride(0),
-            sums.stride(0) if splits > 1 else 0,
-            *sums.stride()[-3:-1],
-            N=n,
-            K=self.k,
-            SPLIT_K=per_split * tiles.block_k,
-            IS_SPLIT=splits > 1,
-            X_KIND=self.x_kind,
-            W_KIND=self.w_kind,
-            BIAS=fp8_bias,
-            IS_NATIVE=NATIVE_FP8.get(arch) == flavour,
-            HAS_SCALED_DOT=arch in _SCALED_DOT,
-            **result,
-            BLOCK_K=tiles.block_k,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            0 if sums is None else sums.stride(0),
+            *out.stride()[-3:-1],
         )
-        if splits > 1:
-            launch(
-                reduce_splits_kernel,
-                (programs, heads),
-                sums,
-                *last,
-                y,
-                tokens,
-                *sums.stride()[:2],
-                0 if bias is None else bias.stride(0),
-                *y.stride()[:2],
-                N=n,
-                NUM_SPLITS=splits,
-                **result,
-                num_warps=tiles.num_warps,
-            )
+        constants: dict[str, object] = {
+            "N": y.shape[2],
+            "K": self.k,
+            "SPLIT_K": tiles.cut(self.k)[1],
+            "IS_SPLIT": sums is not None,
+            "X_KIND": self.x_kind,
+            "W_KIND": self.w_kind,
+            "BIAS": w_bias or 7,
+            "IS_NATIVE": rows.NATIVE_FP8.get(arch) == w_fp8,
+            "HAS_SCALED_DOT": arch in _SCALED_DOT,
+            "Y_BIAS": y_bias,
+            "Y_IS_NATIVE": rows.NATIVE_FP8.get(arch) == y_fp8,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_K": tiles.block_k,
+        }
+        return args, constants
+
+
+def _as_bytes_of_fp8(tensor: torch.Tensor) -> tuple[torch.Tensor, str, int]:
+    """Return fp8 as bytes, with its name and exponent bias; other tensors with "" and 0."""
+    name, bias = FP8_OF.get(tensor.dtype, ("", 0))
+    return (tensor.view(torch.uint8) if name else tensor), name, bias
 
 
 def _strides(scales: torch.Tensor | None) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from mla_core.arch import arch_of
 from mla_core.checks import check_tensor
 from mla_core.errors import LayoutError
 from mla_core.launch import launch
-from mla_fusions.rows import NATIVE_FP8, power_of_two
+from mla_fusions.rows import NATIVE_FP8, power_of_two, require_kernel
 
 #: Kinds of quantisers, as in `mla_fusions.kernels.absorbed`.
 _NONE, _FP8, _MXFP4 = range(3)
@@ -252,9 +252,6 @@ def _norm(
     is_gemma: bool,
 ) -> None:
     """Check everything and launch; ``group`` None is the whole row."""
-    # Imported at the first launch: Triton costs a second and may be absent.
-    from mla_fusions.kernels.norms import norm_rows_kernel
-
     if q is None or q_weight is None:
         raise LayoutError(f"{op}: q and q_weight must be given, got None")
     device = q.device
@@ -292,6 +289,10 @@ def _norm(
         codes = codes.view(torch.uint8)
     if not num_tokens:
         return
+    require_kernel(op, arch_of(device))
+    # Imported at the first launch: Triton costs a second and may be absent.
+    from mla_fusions.kernels.norms import norm_rows_kernel
+
     block = max(power_of_two(width), power_of_two(k_width or 1))
     launch(
         norm_rows_kernel,

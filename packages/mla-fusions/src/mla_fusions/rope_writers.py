@@ -23,6 +23,8 @@ from mla_fusions import head_writers, rows
 from mla_fusions.latent_writers import ROWS, SLOTS, as_scale, fp8_suffix, keys_layout
 from mla_fusions.rotation import (
     Keys,
+    Queries,
+    Rotation,
     queries_of,
     rotate_and_write,
     rotation_of,
@@ -354,12 +356,76 @@ def fused_qk_rope_cat_and_cache_mla(
     del upcast_operand
     op = "fused_qk_rope_cat_and_cache_mla"
     _check_queries(op, q_nope, q_pe)
-    device = q_nope.device
-    num_tokens, heads, rank = q_nope.shape
-    width, num_extra = q_pe.shape[2], num_decode_toks_for_zeros
+    turn, queries, keys, returned = cat_and_cache(
+        op,
+        q_nope,
+        q_pe,
+        k_nope,
+        k_pe,
+        kv_cache,
+        slot_mapping,
+        pos,
+        cos,
+        sin,
+        k_scale if apply_scale else None,
+        is_neox,
+        num_decode_toks_for_zeros,
+        dtype=q_nope.dtype,
+        q_out=q_out,
+        decode_q_pe_out=decode_q_pe_out,
+        k_pe_out=k_pe_out,
+        q_out_dtype=q_out_dtype,
+        is_shuffled=shuffled_kv_cache,
+        offs=offs,
+        rotary_dim=rotary_dim,
+        dim_offset=dim_offset,
+    )
+    rotate_and_write(op, turn, queries, keys)
+    return returned
+
+
+def cat_and_cache(
+    op: str,
+    q_nope: torch.Tensor | None,
+    q_pe: torch.Tensor,
+    k_nope: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    pos: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_scale: torch.Tensor | float | None,
+    is_neox: bool,
+    num_extra: int,
+    *,
+    dtype: torch.dtype,
+    q_out: torch.Tensor | None,
+    decode_q_pe_out: torch.Tensor | None = None,
+    k_pe_out: torch.Tensor | None = None,
+    q_out_dtype: torch.dtype | None = None,
+    q_scale: torch.Tensor | None = None,
+    is_shuffled: bool = False,
+    offs: torch.Tensor | None = None,
+    rotary_dim: int | None = None,
+    dim_offset: int = 0,
+) -> tuple[
+    Rotation,
+    Queries,
+    Keys,
+    tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+]:
+    """Check everything but ``q_nope`` and ``q_pe``; return what to launch, and what to return.
+
+    ``q_nope`` is None where something else writes the latent part of queries; ``dtype`` is that of
+    queries.
+    """
+    device = q_pe.device
+    num_tokens, heads, width = q_pe.shape
+    rank: int | str = "c" if q_nope is None else q_nope.shape[2]
     shape: tuple[int | str, ...] = ("T", "kh", rank)
     check_tensor(op, "k_nope", k_nope, shape=shape, dtypes=ROWS, device=device)
-    num_keys, key_heads = k_nope.shape[:2]
+    num_keys, key_heads, rank = k_nope.shape
     shape = (num_keys, key_heads, width)
     check_tensor(op, "k_pe", k_pe, shape=shape, dtypes=(k_nope.dtype,), device=device)
     if num_keys < num_tokens or not key_heads:
@@ -385,7 +451,7 @@ def fused_qk_rope_cat_and_cache_mla(
         dim_offset=dim_offset,
     )
     if q_out is None:
-        q_out = q_nope.new_empty(num_tokens, heads, rank + width, dtype=q_out_dtype)
+        q_out = q_pe.new_empty(num_tokens, heads, rank + width, dtype=q_out_dtype or dtype)
     if decode_q_pe_out is None:
         decode_q_pe_out = q_pe.new_empty(num_extra, heads, width)
     shape = (num_extra, heads, width)
@@ -394,26 +460,26 @@ def fused_qk_rope_cat_and_cache_mla(
         k_pe_out = k_pe.new_empty(num_keys, key_heads, width)
     shape = (num_keys, key_heads, width)
     check_tensor(op, "k_pe_out", k_pe_out, shape=shape, dtypes=ROWS, device=device)
-    zeros = q_nope.new_empty(num_extra, heads, rank)
+    zeros = q_pe.new_empty(num_extra, heads, rank, dtype=dtype)
     queries = queries_of(
         op,
         q_nope,
         q_pe,
-        q_out,
-        None,
+        q_out if q_nope is not None else q_out[..., rank:],
+        q_scale,
         pe_out=decode_q_pe_out if num_extra else None,
         zeros=zeros if num_extra else None,
     )
     dims = MLADims(1, rank, width)
-    layout, row = keys_layout(op, kv_cache, dims, is_shuffled=shuffled_kv_cache)
-    shape = ("num_blocks", key_heads, "block_size", row) if shuffled_kv_cache else (
+    layout, row = keys_layout(op, kv_cache, dims, is_shuffled=is_shuffled)
+    shape = ("num_blocks", key_heads, "block_size", row) if is_shuffled else (
         "num_slots", key_heads, row
     )  # fmt: skip
     check_tensor(op, "kv_cache", kv_cache, shape=shape, dtypes=(kv_cache.dtype,), device=device)
-    page_size = kv_cache.shape[2] if shuffled_kv_cache else 1
-    pages = kv_cache[:, 0] if shuffled_kv_cache else kv_cache[:, 0][:, None]
+    page_size = kv_cache.shape[2] if is_shuffled else 1
+    pages = kv_cache[:, 0] if is_shuffled else kv_cache[:, 0][:, None]
     factor = None
-    if apply_scale and k_scale is not None:
+    if k_scale is not None:
         factor = as_scale(op, "k_scale", k_scale, device)
     unread = torch.empty(1, device=device) if layout.needs_scale else None
     cache = LatentCache.bind(layout, dims, page_size, pages, scale=unread)
@@ -443,8 +509,7 @@ def fused_qk_rope_cat_and_cache_mla(
         out=k_pe_out if width else None,
         is_divided=factor is not None and not layout.needs_scale,
     )
-    rotate_and_write(op, turn, queries, keys)
-    return q_out, decode_q_pe_out, k_pe_out, zeros
+    return turn, queries, keys, (q_out, decode_q_pe_out, k_pe_out, zeros)
 
 
 def _check_queries(op: str, q_nope: torch.Tensor, q_pe: torch.Tensor) -> None:

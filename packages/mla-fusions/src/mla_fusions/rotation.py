@@ -125,6 +125,32 @@ def rotate_and_write(op: str, turn: Rotation, queries: Queries, keys: Keys) -> N
     # Imported at the first launch: Triton costs a second and may be absent.
     from mla_fusions.kernels.rope_rows import rope_rows_kernel
 
+    arranged = arrange(turn, queries, keys)
+    if not arranged.num_programs:
+        return
+    launch(
+        rope_rows_kernel,
+        (arranged.num_programs,),
+        *arranged.args,
+        **arranged.constants,
+        num_warps=arranged.num_warps,
+        # Products and sums round on their own: the same bits on every chip.
+        enable_fp_fusion=False,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Arranged:
+    """A launch of `mla_fusions.kernels.rope_rows`: programs, their warps, and what they get."""
+
+    num_programs: int
+    num_warps: int
+    args: tuple[object, ...]
+    constants: dict[str, object]
+
+
+def arrange(turn: Rotation, queries: Queries, keys: Keys) -> Arranged:
+    """Return what to launch."""
     pe, nope, out, zeros = queries.pe, queries.nope, queries.out, queries.zeros
     num_tokens, heads, rope_dim = pe.shape
     rank = 0 if nope is None else nope.shape[2]
@@ -135,15 +161,11 @@ def rotate_and_write(op: str, turn: Rotation, queries: Queries, keys: Keys) -> N
     writes_keys = num_keys and (keys.num_slots or keys.out is not None)
     num_kv_programs = -(-num_keys // block_t) * keys.heads if writes_keys else 0
     num_programs = num_kv_programs + num_tokens * -(-heads // block_h)
-    if not num_programs:
-        return
     places = (0, rank) if queries.is_nope_first else (rope_dim, 0)
     zero_width = 0 if zeros is None else zeros.shape[2]
     shape = (rank, tile_c, rope_dim, tile_r, *places, zero_width, rows.power_of_two(zero_width))
     pointers, strides = rows.operands(keys.slots, keys.a, keys.b)
-    launch(
-        rope_rows_kernel,
-        (num_programs,),
+    args = (
         pe if nope is None else nope,
         pe,
         out,
@@ -176,21 +198,21 @@ def rotate_and_write(op: str, turn: Rotation, queries: Queries, keys: Keys) -> N
         *_strides(zeros),
         *_strides(keys.out),
         *strides,
-        HEADS=heads,
-        KEY_HEADS=keys.heads,
-        Q_SHAPE=shape,
-        Q_CODEC=queries.codec,
-        ROPE=turn.rope,
-        IS_IN_PLACE=_is_in_place(queries, keys),
-        IS_DIVIDED=keys.is_divided,
-        SKIPS_QUERIES=queries.needs_slot,
-        **keys.spec.constants,
-        BLOCK_T=block_t,
-        BLOCK_H=block_h,
-        num_warps=num_warps,
-        # Products and sums round on their own: the same bits on every chip.
-        enable_fp_fusion=False,
     )
+    constants: dict[str, object] = {
+        "HEADS": heads,
+        "KEY_HEADS": keys.heads,
+        "Q_SHAPE": shape,
+        "Q_CODEC": queries.codec,
+        "ROPE": turn.rope,
+        "IS_IN_PLACE": _is_in_place(queries, keys),
+        "IS_DIVIDED": keys.is_divided,
+        "SKIPS_QUERIES": queries.needs_slot,
+        **keys.spec.constants,
+        "BLOCK_T": block_t,
+        "BLOCK_H": block_h,
+    }
+    return Arranged(num_programs, num_warps, args, constants)
 
 
 def rotation_of(

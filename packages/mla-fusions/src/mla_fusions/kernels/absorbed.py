@@ -177,18 +177,21 @@ def store_result(acc, where, mask, Y_BIAS: tl.constexpr, IS_NATIVE: tl.constexpr
         tl.store(where, acc.to(where.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def absorbed_kernel(
-    x_ptr,  # [heads, num_tokens, K], or bytes [heads, num_tokens, K / 2]
-    x_scales_ptr,  # [heads, num_tokens, K / 32] u8; None unless PACKED
-    w_ptr,  # [heads, N, K], fp8 as bytes, or bytes [heads, N, K / 2]
-    w_scales_ptr,  # [heads, N, K / 32 or K / 16] u8; None without
-    w_factor_ptr,  # [1] f32, or None
-    bias_ptr,  # [heads, N], or None
-    y_factor_ptr,  # [1] f32, or None
-    y_ptr,  # [heads, num_tokens, N], or f32 [splits, heads, num_tokens, N]
+@triton.jit
+def multiply_tile(
+    tile,
+    head,
+    split,
+    x_ptr,
+    x_scales_ptr,
+    w_ptr,
+    w_scales_ptr,
+    w_factor_ptr,
+    bias_ptr,
+    y_factor_ptr,
+    y_ptr,
     num_tokens,
-    x_stride_h,  # all strides in elements
+    x_stride_h,
     x_stride_t,
     x_scales_stride_h,
     x_scales_stride_t,
@@ -203,24 +206,22 @@ def absorbed_kernel(
     y_stride_t,
     N: tl.constexpr,
     K: tl.constexpr,
-    SPLIT_K: tl.constexpr,  # elements of K that a split takes, whole blocks
-    IS_SPLIT: tl.constexpr,  # sums are stored as they are, for `reduce_splits_kernel`
+    SPLIT_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     X_KIND: tl.constexpr,
     W_KIND: tl.constexpr,
-    BIAS: tl.constexpr,  # exponent bias of the fp8 weights
-    IS_NATIVE: tl.constexpr,  # the chip converts to that fp8 and multiplies it
-    HAS_SCALED_DOT: tl.constexpr,  # the chip multiplies MXFP4
-    Y_BIAS: tl.constexpr,  # exponent bias of an fp8 result, else 0
+    BIAS: tl.constexpr,
+    IS_NATIVE: tl.constexpr,
+    HAS_SCALED_DOT: tl.constexpr,
+    Y_BIAS: tl.constexpr,
     Y_IS_NATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Multiply one tile."""
+    """Multiply one tile of a head; see `absorbed_kernel` for the arguments."""
     tiles_m = tl.cdiv(num_tokens, BLOCK_M)
-    tile = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2).to(tl.int64)
+    head, split = head.to(tl.int64), split.to(tl.int64)
     tokens = (tile % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     is_token = (tokens < num_tokens)[:, None]
@@ -291,6 +292,89 @@ def absorbed_kernel(
             bias_ptr += head * bias_stride_h
         acc = finished(acc, n, N, w_factor_ptr, bias_ptr, y_factor_ptr)
         store_result(acc, where + n[None, :], mask, Y_BIAS, Y_IS_NATIVE)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def absorbed_kernel(
+    x_ptr,  # [heads, num_tokens, K], or bytes [heads, num_tokens, K / 2]
+    x_scales_ptr,  # [heads, num_tokens, K / 32] u8; None unless PACKED
+    w_ptr,  # [heads, N, K], fp8 as bytes, or bytes [heads, N, K / 2]
+    w_scales_ptr,  # [heads, N, K / 32 or K / 16] u8; None without
+    w_factor_ptr,  # [1] f32, or None
+    bias_ptr,  # [heads, N], or None
+    y_factor_ptr,  # [1] f32, or None
+    y_ptr,  # [heads, num_tokens, N], or f32 [splits, heads, num_tokens, N]
+    num_tokens,
+    x_stride_h,  # all strides in elements
+    x_stride_t,
+    x_scales_stride_h,
+    x_scales_stride_t,
+    w_stride_h,
+    w_stride_n,
+    w_stride_k,
+    w_scales_stride_h,
+    w_scales_stride_n,
+    bias_stride_h,
+    y_stride_s,
+    y_stride_h,
+    y_stride_t,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SPLIT_K: tl.constexpr,  # elements of K that a split takes, whole blocks
+    IS_SPLIT: tl.constexpr,  # sums are stored as they are, for `reduce_splits_kernel`
+    X_KIND: tl.constexpr,
+    W_KIND: tl.constexpr,
+    BIAS: tl.constexpr,  # exponent bias of the fp8 weights
+    IS_NATIVE: tl.constexpr,  # the chip converts to that fp8 and multiplies it
+    HAS_SCALED_DOT: tl.constexpr,  # the chip multiplies MXFP4
+    Y_BIAS: tl.constexpr,  # exponent bias of an fp8 result, else 0
+    Y_IS_NATIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Multiply one tile."""
+    multiply_tile(
+        tl.program_id(0),
+        tl.program_id(1),
+        tl.program_id(2),
+        x_ptr,
+        x_scales_ptr,
+        w_ptr,
+        w_scales_ptr,
+        w_factor_ptr,
+        bias_ptr,
+        y_factor_ptr,
+        y_ptr,
+        num_tokens,
+        x_stride_h,
+        x_stride_t,
+        x_scales_stride_h,
+        x_scales_stride_t,
+        w_stride_h,
+        w_stride_n,
+        w_stride_k,
+        w_scales_stride_h,
+        w_scales_stride_n,
+        bias_stride_h,
+        y_stride_s,
+        y_stride_h,
+        y_stride_t,
+        N,
+        K,
+        SPLIT_K,
+        IS_SPLIT,
+        X_KIND,
+        W_KIND,
+        BIAS,
+        IS_NATIVE,
+        HAS_SCALED_DOT,
+        Y_BIAS,
+        Y_IS_NATIVE,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
