@@ -40,6 +40,7 @@ V1_2 = "mla_core/metadata/v1_2.py"
 QUANTISE = "mla_fusions/kernels/_quantise.py"
 WRITE_ROWS = "mla_fusions/kernels/write_rows.py"
 WRITE_BLOCKS = "mla_fusions/kernels/write_blocks.py"
+ROPE_ROWS = "mla_fusions/kernels/rope_rows.py"
 
 MUTANTS: tuple[Mutant, ...] = (
     # The truth: masks, sign, logarithm, sink.
@@ -206,6 +207,29 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(WRITE_ROWS, "copy * PLACE[9]", "0 * PLACE[9]", "test_write_kv_cache", "mla-fusions"),
     Mutant(WRITE_BLOCKS, "x * old_scale", "x", "test_head_writers", "mla-fusions"),
     Mutant(WRITE_BLOCKS, "if old_scale < scale:", "if True:", "test_head_writers", "mla-fusions"),
+    Mutant(ROPE_ROWS, "a - b, a + b", "a + b, a - b", "test_rope_writers", "mla-fusions"),
+    Mutant(ROPE_ROWS, "positions += ", "positions -= ", "test_rope_writers", "mla-fusions"),
+    Mutant(
+        ROPE_ROWS,
+        "maximum(positions, 0)",
+        "maximum(positions, 1)",
+        "test_rope_writers",
+        "mla-fusions",
+    ),
+    Mutant(ROPE_ROWS, "b * cos_b + a", "b * cos_a + a", "test_rope_writers", "mla-fusions"),
+    Mutant(ROPE_ROWS, "column = j >> 1", "column = j >> 2", "test_rope_writers", "mla-fusions"),
+    Mutant(
+        ROPE_ROWS, "tokens < num_turned", "tokens <= num_turned", "test_rope_writers", "mla-fusions"
+    ),
+    Mutant(
+        ROPE_ROWS,
+        "b = tl.div_rn(b, tl.load(b_factor_ptr))",
+        "b = tl.div_rn(b, 1.0)",
+        "test_rope_writers",
+        "mla-fusions",
+    ),
+    Mutant(ROPE_ROWS, "(r < ROPE[1])", "(r <= ROPE[1])", "test_rope_writers", "mla-fusions"),
+    Mutant(ROPE_ROWS, "if SKIPS_QUERIES:", "if False:", "test_rope_writers", "mla-fusions"),
 )
 
 

@@ -54,7 +54,7 @@ def lane_caches(dtype, heads, key_dim, value_dim, page_size, asm_layout):
 def test_reshape_and_cache(row_dtype, dtype, asm_layout, seed):
     key, value = rows(row_dtype, 9, 3, 48), rows(row_dtype, 9, 3, 32)
     caches = lane_caches(dtype, 3, 48, 32, 16, asm_layout)
-    before = [cache.cpu() for cache in caches]
+    before = [cache.clone().cpu() for cache in caches]
     is_fp8 = dtype.itemsize == 1
     factors = (torch.tensor([0.05], device=DEVICE), 0.1) if is_fp8 else (None, None)
     mla_fusions.reshape_and_cache(
@@ -79,7 +79,7 @@ def test_reshape_and_cache_flash(row_dtype, dtype, seed):
     key, value = rows(row_dtype, 7, 3, 40), rows(row_dtype, 7, 3, 24)
     # Keys and values of one buffer, block by block.
     memory = poisoned(3, 2, 16, 3, 40, dtype=dtype)
-    before = memory.cpu()
+    before = memory.clone().cpu()
     key_cache, value_cache = memory[:, 0], memory[:, 1, :, :, :24]
     is_fp8 = dtype.itemsize == 1
     mla_fusions.reshape_and_cache_flash(
@@ -108,7 +108,7 @@ def test_a_scale_for_each_token(dtype, asm_layout, seed):
     key[0, 1] = 0
     caches = lane_caches(dtype, 2, 48, 64, 16, asm_layout)
     scales = [poisoned(2, 50, dtype=torch.float32) for _ in range(2)]
-    before = [each.cpu() for each in (*caches, *scales)]
+    before = [each.clone().cpu() for each in (*caches, *scales)]
     mla_fusions.reshape_and_cache_with_pertoken_quant(
         key, value, *caches, *scales, slots(), asm_layout
     )

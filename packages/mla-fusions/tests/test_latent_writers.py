@@ -61,7 +61,7 @@ def test_concat_and_cache_mla(row_dtype, cache_dtype, word, seed):
     # More rows than slots, as padded batches have.
     kv_c, k_pe = rows(row_dtype, 9, 96), rows(row_dtype, 9, 32)
     cache = poisoned(4, 16, 128, dtype=cache_dtype)
-    before = cache.view(64, 128).cpu()
+    before = cache.view(64, 128).clone().cpu()
     mla_fusions.concat_and_cache_mla(kv_c, k_pe, cache, slots(torch.int32), word, scale()[0])
     name = mla_core.dtypes.dtype_name(OCP if cache_dtype == torch.uint8 else cache_dtype)
     wanted = cache_ops.concat_and_cache_mla(
@@ -78,7 +78,7 @@ def test_concat_and_cache_mla(row_dtype, cache_dtype, word, seed):
 def test_flashmlas_token(seed):
     kv_c, k_pe = rows(torch.bfloat16, 7, 512), rows(torch.bfloat16, 7, 64)
     cache = poisoned(4, 16, 1, 656, dtype=torch.uint8)
-    wanted = cache.cpu()
+    wanted = cache.clone().cpu()
     mla_fusions.concat_and_cache_mla(kv_c, k_pe, cache, slots(), "fp8_ds_mla", scale())
     LatentCache.bind("fp8_ds656", MLADims(1), 16, wanted).write(
         kv_c.cpu(), k_pe.cpu(), slots().cpu()
@@ -127,7 +127,7 @@ def test_concat_and_cache_mla_seg(dtype, word, seed):
 def test_cat_and_cache_mla(dtype, heads, apply_scale, seed):
     k_nope, k_pe = rows(torch.bfloat16, 9, heads, 96), rows(torch.bfloat16, 9, heads, 32)
     cache = poisoned(64, heads, 128, dtype=dtype)
-    before = cache.cpu()
+    before = cache.clone().cpu()
     assert mla_fusions.cat_and_cache_mla(k_nope, k_pe, cache, slots(), scale(), apply_scale) is None
     name = mla_core.dtypes.dtype_name(dtype)
     joined = torch.cat([k_nope, k_pe], dim=-1).cpu()
@@ -153,7 +153,7 @@ def test_shuffled_blocks(dtype, layout, page_size, heads, seed):
     k_nope, k_pe = rows(torch.bfloat16, 7, heads, 256), rows(torch.bfloat16, 7, heads, 64)
     width = 180 if dtype == torch.uint8 else 320
     cache = poisoned(4, heads, page_size, width, dtype=dtype)
-    wanted = cache.cpu()
+    wanted = cache.clone().cpu()
     mla_fusions.cat_and_cache_mla(k_nope, k_pe, cache, slots(), None, shuffled_kv_cache=True)
     for head in range(heads):
         factor = torch.ones(1) if dtype == OCP else None

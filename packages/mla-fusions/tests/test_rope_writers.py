@@ -111,7 +111,7 @@ def test_partial_rotations(width, rotary_dim, dim_offset, is_neox, is_full, seed
     # Positions and offsets that run over the tables at both ends.
     positions, offs = index([0, 5, 49, 40, -7], torch.int32), index([1, 0, 30, -3, 2])
     q_out = poisoned(5, 5, 64 + width + 8, dtype=FP32)
-    before = q_out.cpu()
+    before = q_out.clone().cpu()
     slots = index([3, 14, 15, -1, 0], torch.int32)
     got = mla_fusions.fused_qk_rope_write_kv_cache(
         q_nope,
@@ -175,9 +175,9 @@ def test_concat_and_cache_mla(
     shape = (9,) if key_heads is None else (9, key_heads)
     kv_c, k_pe = rows(row_dtype, *shape, rank), rows(row_dtype, *shape, width)
     cache = poisoned(4, 16, *shape[1:], rank + width, dtype=cache_dtype)
-    before = cache.flatten(0, 1).cpu()
+    before = cache.flatten(0, 1).clone().cpu()
     q_out = poisoned(9, heads, rank + width + 16, dtype=q_dtype)
-    q_before = q_out.cpu()
+    q_before = q_out.clone().cpu()
     positions, (cos, sin) = index(range(3, 12)), tables(width // 2)
     got = mla_fusions.fused_qk_rope_concat_and_cache_mla(
         q_nope,
@@ -235,7 +235,7 @@ def test_cat_and_cache_mla(dtype, heads, num_zeros, apply_scale, is_neox, seed):
     # Three keys that are rotated already, one of them without a slot.
     k_nope, k_pe = rows(BF16, 8, heads, 96), rows(BF16, 8, heads, 32)
     cache = poisoned(64, heads, 128, dtype=dtype)
-    before = cache.cpu()
+    before = cache.clone().cpu()
     positions, (cos, sin) = index([4, 0, 49, 7, 9], torch.int32), tables(32 if is_neox else 16)
     outputs = mla_fusions.fused_qk_rope_cat_and_cache_mla(
         q_nope,
@@ -291,7 +291,7 @@ def test_shuffled_blocks(dtype, layout, page_size, heads, seed):
     k_nope, k_pe = rows(BF16, 7, heads, 256), rows(BF16, 7, heads, 64)
     width = 180 if dtype == torch.uint8 else 320
     cache = poisoned(4, heads, page_size, width, dtype=dtype)
-    wanted = cache.cpu()
+    wanted = cache.clone().cpu()
     positions, (cos, sin) = index(range(7)), tables(32)
     keys = turned(k_pe, positions, cos, sin, is_neox=True)
     held = k_pe.clone()
@@ -345,7 +345,7 @@ def test_reshape_and_cache(dtype, layout, apply_scale, is_neox, seed):
         caches = poisoned(3, 16, 2, 64, dtype=dtype), poisoned(3, 16, 2, 48, dtype=dtype)
     else:
         caches = lane_caches(dtype, layout == "shuffled")
-    before = [cache.cpu() for cache in caches]
+    before = [cache.clone().cpu() for cache in caches]
     positions, offs, (cos, sin) = index(range(5)), index(range(8)), tables(32)
     given = q.clone(), k.clone()
     q_pe = turned(q, positions + offs[:5], cos, sin, is_neox=is_neox)
