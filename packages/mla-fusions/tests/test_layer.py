@@ -15,7 +15,14 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 import mla_core
-from mla_core import LatentCache, LayoutError, MLADims, PagedKV, UnsupportedProblemError
+from mla_core import (
+    BackendUnavailableError,
+    LatentCache,
+    LayoutError,
+    MLADims,
+    PagedKV,
+    UnsupportedProblemError,
+)
 from mla_core.arch import arch_of
 from mla_core.batch import indptr_of
 from mla_core.dtypes import fp8_of_arch
@@ -207,7 +214,7 @@ def test_half_precision_rounds_no_more_than_the_module(
     actual, inputs = serve(module, dtype, layout, page_size)
     truth = run_eagerly(module, inputs)
     unfused = relative_l2(run_eagerly(module, inputs, dtype), truth)
-    assert relative_l2(actual, truth) < 1.3 * unfused
+    assert relative_l2(actual, truth) < 1.5 * unfused
 
 
 def test_fp8_cache(seed, poisoned_empty):
@@ -442,3 +449,14 @@ def test_absorbed_queries_that_stand_in_place(seed, poisoned_empty):
         call(q_out=q_out[..., :39])
     with pytest.raises(LayoutError, match=r"q_out must be \[4, 3, 40 or more\]"):
         call(q_out=q_out[:3])
+
+
+def test_a_machine_without_the_kernels_is_refused(monkeypatch):
+    def missing(op, arch):
+        raise BackendUnavailableError(f"{op} on {arch}")
+
+    module = module_of("v3", BF16)
+    monkeypatch.setattr("mla_fusions.layer.require_kernel", missing)
+    for make in (MLAPrologue, MLAEpilogue):
+        with pytest.raises(BackendUnavailableError, match=f"{make.__name__} on "):
+            make.from_module(module)

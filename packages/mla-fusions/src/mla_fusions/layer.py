@@ -35,6 +35,7 @@ from mla_fusions.absorbed import (
 )
 from mla_fusions.norms import fused_qk_rmsnorm
 from mla_fusions.rope_writers import fused_qk_rope_write_kv_cache
+from mla_fusions.rows import require_kernel
 
 #: How W_UK and W_UV are stored: as they are given, or quantised when the layer is made.
 Weights = Literal["plain", "fp8", "mxfp4"]
@@ -88,7 +89,9 @@ class MLAPrologue:
     LayoutError
         A weight is missing or has another shape, dtype or device, or ``weights`` is none of these.
     UnsupportedProblemError
-        Values of the model include the rotary part.
+        Values of the model include the rotary part, or no kernel is for the weights' device.
+    BackendUnavailableError
+        Triton is missing, or does not interpret on a CPU.
 
     Notes
     -----
@@ -116,6 +119,7 @@ class MLAPrologue:
     ) -> None:
         op = "MLAPrologue"
         _check_dims(op, dims)
+        require_kernel(op, arch_of(kv_b_proj.device))
         self.dims = dims
         self.q_eps, self.kv_eps, self.is_neox = float(q_eps), float(kv_eps), bool(is_neox)
         checked = _Checker(op, kv_a_proj_with_mqa)
@@ -242,7 +246,7 @@ class MLAPrologue:
 
         Raises
         ------
-        LayoutError, BackendUnavailableError
+        LayoutError
         UnsupportedProblemError
             A gradient is wanted.
         """
@@ -332,8 +336,8 @@ class MLAEpilogue:
     ------
     LayoutError
         A weight has another shape, dtype or device, or ``weights`` is none of these.
-    UnsupportedProblemError
-        Values of the model include the rotary part.
+    UnsupportedProblemError, BackendUnavailableError
+        As for `MLAPrologue`.
     """
 
     def __init__(
@@ -347,6 +351,7 @@ class MLAEpilogue:
     ) -> None:
         op = "MLAEpilogue"
         _check_dims(op, dims)
+        require_kernel(op, arch_of(kv_b_proj.device))
         self.dims = dims
         checked = _Checker(op, kv_b_proj)
         self._w_uv = _Absorbed.of(op, _split_kv_b(checked, kv_b_proj, dims)[1], weights)
@@ -403,7 +408,7 @@ class MLAEpilogue:
 
         Raises
         ------
-        LayoutError, BackendUnavailableError
+        LayoutError
         UnsupportedProblemError
             A gradient is wanted.
         """

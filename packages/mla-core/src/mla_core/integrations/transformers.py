@@ -102,6 +102,19 @@ class Step:
     slots: torch.Tensor
     plan: mla_core.DecodePlan | None
 
+    def check_packed(self, batch: int, length: int) -> None:
+        """Refuse tokens ``input_ids`` [batch, length] that are not the step's.
+
+        Raises
+        ------
+        LayoutError
+        """
+        if (batch, length) != (1, self.slots.numel()):
+            raise LayoutError(
+                f"PagedLatentCache: input_ids must be [1, {self.slots.numel()}] as begin_step was "
+                f"told, got {[batch, length]}; pack the batch into one row"
+            )
+
     def attend(
         self, cache: LatentCache, ql_nope: torch.Tensor, q_pe: torch.Tensor, sm_scale: float
     ) -> torch.Tensor:
@@ -136,13 +149,9 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
             ``kv_c`` and ``k_pe``, as transformers names them.
         """
         del args, kwargs
-        slots = self._owner.step.slots
-        if tuple(key_states.shape[:3]) != (1, 1, slots.numel()):
-            raise LayoutError(
-                f"PagedLatentCache: input_ids must be [1, {slots.numel()}] as begin_step was told, "
-                f"got {[key_states.shape[0], key_states.shape[2]]}; pack the batch into one row"
-            )
-        mla_core.write_kv_cache(key_states[0, 0], value_states[0, 0], self.cache, slots)
+        step = self._owner.step
+        step.check_packed(key_states.shape[0], key_states.shape[2])
+        mla_core.write_kv_cache(key_states[0, 0], value_states[0, 0], self.cache, step.slots)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -321,15 +330,7 @@ def attention(
     weights : None
     """
     del kwargs
-    if mla_cache is None:
-        raise LayoutError(
-            "mla_core attention: mla_cache must be a PagedLatentCache, got None; "
-            "call the model with **cache.begin_step(...)"
-        )
-    if attention_mask is not None:
-        _refuse_mask(attention_mask)
-    step = mla_cache.step
-    _check_positions(position_ids, step)
+    mla_cache, step = checked_step(mla_cache, attention_mask, position_ids)
     dims = mla_cache.dims
     kv_b = module.kv_b_proj.weight.view(dims.num_heads, -1, dims.kv_lora_rank)
     if step.plan is None:
@@ -342,6 +343,30 @@ def attention(
     latents = step.attend(cache, ql_nope, q_pe.transpose(0, 1), scaling)
     out = torch.bmm(latents.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
     return out[None], None
+
+
+def checked_step(
+    mla_cache: PagedLatentCache | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+) -> tuple[PagedLatentCache, Step]:
+    """Return the cache and the step of a forward, whose arguments must be those of `begin_step`.
+
+    Raises
+    ------
+    LayoutError
+        There is no cache, a mask, or positions are others.
+    """
+    if mla_cache is None:
+        raise LayoutError(
+            "mla_core attention: mla_cache must be a PagedLatentCache, got None; "
+            "call the model with **cache.begin_step(...)"
+        )
+    if attention_mask is not None:
+        _refuse_mask(attention_mask)
+    step = mla_cache.step
+    _check_positions(position_ids, step)
+    return mla_cache, step
 
 
 def _attend_expanded(
