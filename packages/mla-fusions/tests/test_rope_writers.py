@@ -459,6 +459,35 @@ def test_tiles_of_several_tokens_and_heads(num_tokens, heads, seed, monkeypatch)
     assert equal(cache.buffers[0], wanted.buffers[0])
 
 
+def test_offsets_of_more_than_four_gib(seed):
+    """Queries and pages far apart in memory, of which the system hands out what is touched."""
+    dims, step = MLADims(1, 64, 32), (5 << 30) // 2
+    memory = [torch.empty(step + 192, dtype=BF16, device=DEVICE) for _ in range(2)]
+    q_out, pages = memory[0].as_strided((2, 1, 96), (step, 96, 1)), memory[1].as_strided(
+        (2, 192), (step, 1)
+    )  # fmt: skip
+    cache = LatentCache.bind("bf16", dims, 2, pages)
+    q_nope, q_pe = rows(BF16, 2, 1, 64), rows(BF16, 2, 1, 32)
+    positions, (cos, sin) = index([3, 8]), tables(16)
+    mla_fusions.fused_qk_rope_write_kv_cache(
+        q_nope,
+        q_pe,
+        q_nope[:, 0],
+        q_pe[:, 0],
+        cache,
+        index([1, 3]),
+        positions,
+        cos,
+        sin,
+        is_neox=True,
+        q_out=q_out,
+    )
+    turn = turned(q_pe, positions, cos, sin, is_neox=True).bfloat16()
+    wanted = torch.cat([q_nope.cpu(), turn], -1)
+    assert equal(q_out, wanted)
+    assert equal(pages.view(2, 2, 96)[:, 1], wanted[:, 0])
+
+
 GOOD = {
     "q_nope": torch.zeros(4, 2, 64),
     "q_pe": torch.zeros(4, 2, 16),
