@@ -87,3 +87,16 @@ def test_capability_without_a_function_is_refused(op: str, missing: str):
 
 def test_backend_may_offer_nothing():
     assert Backend("empty", 1, (), {}).capabilities == ()
+
+
+def test_integrations_are_imported_at_first_use_too():
+    backend = Backend(
+        "nova", 5, (), {}, integrations={"transformers": "math:sqrt", "vllm": "math:no"}
+    )
+    assert backend.integration("transformers")(9.0) == 3.0
+    with pytest.raises(BackendUnavailableError, match="cannot load vllm from 'math:no'"):
+        backend.integration("vllm")
+    with pytest.raises(BackendUnavailableError, match="one of transformers, vllm, got 'jax'"):
+        backend.integration("jax")
+    with pytest.raises(BackendUnavailableError, match="integration must be one of none, got 'jax'"):
+        make().integration("jax")

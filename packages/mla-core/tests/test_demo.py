@@ -15,7 +15,7 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from mla_core import demo
-from mla_core.demo import command, report
+from mla_core.demo import command, report, text
 from mla_core.demo.server import PagedServer
 from mla_core.errors import BackendUnavailableError, LayoutError, UnsupportedProblemError
 
@@ -103,6 +103,20 @@ def test_prompts_through_decode(tmp_path, console, monkeypatch):
     assert "over keys and values of each head" not in printed
 
 
+def test_fused_layers(tmp_path, console, monkeypatch):
+    pytest.importorskip("triton")
+    pytest.importorskip("mla_fusions")
+    # The interpreter takes milliseconds for each token and head.
+    prompts = text.prompts
+    monkeypatch.setattr(text, "prompts", lambda model, lengths: prompts(model, [6] * len(lengths)))
+    options = TINY | {"prefill": "absorbed", "steps": 4, "requests": 1, "fused": True}
+    assert demo.main(**options, out_dir=tmp_path, console=console) == 0
+    printed = console.file.getvalue()
+    assert "fused: mla-fusions" in printed
+    assert "MLAPrologue, MLAEpilogue" in printed
+    assert " write_kv_cache " not in printed
+
+
 def test_a_missing_prefill_names_the_way_out(tmp_path, console, install_backend):
     row = "features=frozenset({'lse'})"
     install_backend("decoder", module="decoder_module", row=row)
@@ -132,6 +146,7 @@ def test_an_unknown_backend_is_an_error(tmp_path, console):
         ({"dtype": "fp8"}, "demo: dtype must be one of fp32, bf16, got 'fp8'"),
         ({"size": "huge"}, "demo: size must be one of small, tiny, got 'huge'"),
         ({"prefill": "no"}, "demo: prefill must be one of expanded, absorbed, got 'no'"),
+        ({"fused": True}, "demo: prefill must be absorbed with fused, got 'expanded'"),
     ],
 )
 def test_bad_arguments_are_named(argument, message):

@@ -47,6 +47,9 @@ class Backend:
         Commands of ``mla`` that this backend brings: name to module, imported when the command
         runs. Its docstring is the help; it has ``add_arguments(parser)`` and
         ``run(options) -> int``, the exit status.
+    integrations : mapping of str to str
+        Functions that prepare another library's model to run through more of this backend than its
+        ops: the library's name to ``"package.module:function"``, imported at first use.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Backend:
     probe: Callable[[str], None] = always_available
     description: str = ""
     commands: Mapping[str, str] = field(default_factory=dict)
+    integrations: Mapping[str, str] = field(default_factory=dict)
     api_version: int = API_VERSION
     _loaded: dict[str, Callable[..., Any]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -65,6 +69,7 @@ class Backend:
         """Freeze ``ops`` and check that every capability has a function behind it."""
         object.__setattr__(self, "ops", MappingProxyType(dict(self.ops)))
         object.__setattr__(self, "commands", MappingProxyType(dict(self.commands)))
+        object.__setattr__(self, "integrations", MappingProxyType(dict(self.integrations)))
         offered = {capability.op for capability in self.capabilities}
         needed = offered | ({"plan_decode"} if "decode" in offered else set())
         if missing := sorted(needed - self.ops.keys()):
@@ -80,17 +85,36 @@ class Backend:
             function = self._loaded[op] = self._import(op)
         return function
 
+    def integration(self, library: str) -> Callable[..., Any]:
+        """Import and return the function that prepares a library's model.
+
+        Raises
+        ------
+        BackendUnavailableError
+            The backend brings none, or it cannot be imported.
+        """
+        where = self.integrations.get(library)
+        if where is None:
+            known = ", ".join(self.integrations) or "none"
+            raise BackendUnavailableError(
+                f"backend {self.name!r}: integration must be one of {known}, got {library!r}"
+            )
+        return self._function(library, where)
+
     def _import(self, op: str) -> Callable[..., Any]:
-        try:
-            module_name, _, attribute = self.ops[op].partition(":")
-        except KeyError:
+        where = self.ops.get(op)
+        if where is None:
             raise BackendUnavailableError(
                 f"backend {self.name!r}: op must be one of {', '.join(self.ops)}, got {op!r}"
-            ) from None
+            )
+        return self._function(op, where)
+
+    def _function(self, name: str, where: str) -> Callable[..., Any]:
+        module_name, _, attribute = where.partition(":")
         try:
             function: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError) as exc:
             raise BackendUnavailableError(
-                f"backend {self.name!r}: cannot load {op} from {self.ops[op]!r}: {exc}"
+                f"backend {self.name!r}: cannot load {name} from {where!r}: {exc}"
             ) from exc
         return function

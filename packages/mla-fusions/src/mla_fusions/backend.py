@@ -63,5 +63,6 @@ BACKEND = Backend(
     description="Fused operations around attention in Triton: cache writes.",
     probe=probe,
     ops={"write_kv_cache": "mla_fusions.cache_writes:write_kv_cache"},
+    integrations={"transformers": "mla_fusions.integrations.transformers:fuse"},
     capabilities=(_WRITE, _in_interpreter(_WRITE)),
 )

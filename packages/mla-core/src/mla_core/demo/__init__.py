@@ -37,6 +37,7 @@ def main(
     size: str = "small",
     contexts: Sequence[int] = (128, 512, 1024, 2048, 4096),
     prefill: Prefill = "expanded",
+    fused: bool = False,
     console: Console | None = None,
 ) -> int:
     """Run the demo.
@@ -66,6 +67,9 @@ def main(
     prefill : "expanded" or "absorbed"
         How prompts run: through `mla_core.prefill` over keys and values of each head, or through
         `mla_core.decode` over the latent cache, which needs no other kernel and is more work.
+    fused : bool
+        Whether attention layers run through the fused launches of mla-fusions; with ``prefill``
+        "absorbed" only.
     console : rich Console, optional
 
     Returns
@@ -75,7 +79,7 @@ def main(
     Raises
     ------
     BackendUnavailableError
-        transformers, rich or matplotlib is missing.
+        transformers, rich or matplotlib is missing, or mla-fusions where ``fused`` wants it.
     LayoutError
         An argument is outside what is listed above.
     UnsupportedProblemError
@@ -102,6 +106,8 @@ def main(
     ):
         if word not in words:
             raise LayoutError(f"demo: {name} must be one of {', '.join(words)}, got {word!r}")
+    if fused and prefill != "absorbed":
+        raise LayoutError(f"demo: prefill must be absorbed with fused, got {prefill!r}")
 
     from rich.console import Console as RichConsole
 
@@ -122,5 +128,6 @@ def main(
         size=size,
         contexts=tuple(contexts),
         prefill=prefill,
+        fused=fused,
     )
     return run(options, console)

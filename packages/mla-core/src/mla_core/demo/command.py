@@ -33,6 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="prompts run over keys and values of each head, or through decode (default: "
         "%(default)s)",
     )
+    parser.add_argument(
+        "--fused",
+        action="store_true",
+        help="attention layers run through mla-fusions; needs --prefill absorbed, and on a CPU "
+        "TRITON_INTERPRET=1",
+    )
     options = parser.parse_args(arguments)
     try:
         return demo.main(**vars(options))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, set_seed
 
+from mla_core import registry
 from mla_core.integrations.transformers import enable
 
 
@@ -69,9 +70,14 @@ def config_of(size: Size, dtype: torch.dtype) -> DeepseekV3Config:
 
 
 def build_pair(
-    size: Size, seed: int, device: str, dtype: torch.dtype
+    size: Size, seed: int, device: str, dtype: torch.dtype, *, fused: bool = False
 ) -> tuple[DeepseekV3ForCausalLM, DeepseekV3ForCausalLM]:
     """Return two models with one set of random weights: ours attends through mla_core.
+
+    Parameters
+    ----------
+    fused : bool
+        Whether what surrounds attention in ours runs through mla-fusions.
 
     Returns
     -------
@@ -82,5 +88,6 @@ def build_pair(
     eager = DeepseekV3ForCausalLM(config).to(device=device, dtype=dtype).eval()
     ours = DeepseekV3ForCausalLM(copy.deepcopy(config)).to(device=device, dtype=dtype).eval()
     ours.load_state_dict(eager.state_dict(), assign=True)
-    enable(ours)
+    prepare = registry.record("fusions").require().integration("transformers") if fused else enable
+    prepare(ours)
     return ours, eager

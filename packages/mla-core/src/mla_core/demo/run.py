@@ -61,6 +61,7 @@ def run(options: Options, console: Console) -> int:
         merge=session.merge,
         notes=[
             ("prefill", _PREFILLS[options.prefill]),
+            ("layers", "fused: mla-fusions" if options.fused else "transformers' own"),
             ("tokens generated", str(session.num_decoded)),
             ("drafts accepted, per request", " ".join(session.acceptance)),
             ("pages used again after a release", str(session.num_reused_pages)),
@@ -111,6 +112,7 @@ def _sweep(session: Session, progress: Progress) -> list[SweepPoint]:
             page_size=options.page_size,
             layout=options.dtype,
             seed=options.seed,
+            rope_in_place=options.fused,
             check=session.check,
         )
         points.append(point)
@@ -130,6 +132,10 @@ def ops_of(session: Session) -> list[report.OpReport]:
     if session.options.prefill == "expanded":
         problems.append(_prefill_problem(session))
     rows = []
+    if session.options.fused:
+        # No op of its own: RoPE's launch writes the cache.
+        problems.remove(write)
+        rows.append(report.OpReport("layer", "fusions", "MLAPrologue, MLAEpilogue", "fused"))
     for problem in problems:
         choice = select(problem)
         rows.append(

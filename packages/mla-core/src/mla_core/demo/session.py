@@ -41,6 +41,7 @@ class Options:
     size: str
     contexts: tuple[int, ...]
     prefill: Prefill
+    fused: bool = False
 
 
 class Session:
@@ -59,7 +60,9 @@ class Session:
         size = SIZES[options.size]
         dtype = torch_dtype(options.dtype)
         self.tokenizer = text.train_tokenizer(size.vocab_size)
-        self.ours_model, self.eager_model = build_pair(size, options.seed, options.device, dtype)
+        self.ours_model, self.eager_model = build_pair(
+            size, options.seed, options.device, dtype, fused=options.fused
+        )
         self.running, self.waiting = self._make_requests()
         # As many pages as the running requests can need at worst; those who wait must reuse them.
         needs = sorted(map(self._most_pages, self.running + self.waiting))

@@ -36,10 +36,17 @@ def measure(
     layout: str,
     seed: int,
     check: LogitCheck,
+    rope_in_place: bool = False,
 ) -> SweepPoint:
     """Time one step after ``context`` cached tokens; the logits of both are checked as well.
 
     The cached latents are random, normed as a model's are, and the same on both sides.
+
+    Parameters
+    ----------
+    rope_in_place : bool
+        Whether our model leaves rotated pairs side by side; transformers moves the first of each
+        into the first half.
     """
     config, device, dtype = ours.config, ours.device, ours.dtype
     dims = dims_of(config)
@@ -62,7 +69,8 @@ def measure(
     for layer in cache.caches:
         rows = torch.randn(context, dims.latent_dim, generator=generator).to(device, dtype)
         kv_c, k_pe = rows.split((dims.kv_lora_rank, dims.qk_rope_head_dim), dim=-1)
-        mla_core.write_kv_cache(kv_c, k_pe, layer, slots)
+        pairs = k_pe.unflatten(-1, (2, -1)).mT.flatten(-2) if rope_in_place else k_pe
+        mla_core.write_kv_cache(kv_c, pairs, layer, slots)
         history.append((kv_c[None, None], k_pe[None, None]))
 
     def step_ours() -> torch.Tensor:
