@@ -37,6 +37,8 @@ _FEW_PROGRAMS = 48
 _MIN_SPLIT = 128
 #: Shared memory for operands that are loaded ahead.
 _BUFFER_BYTES = {"sm90": 128 << 10}
+#: Steps that are under way at a time; with four the pipeliner of Triton 3.6 fails for AMD.
+_MAX_STAGES = {"sm90": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,8 @@ def choose_tiles(
         splits = max(1, min(-(-_FEW_PROGRAMS // max(programs, 1)), k // _MIN_SPLIT))
     warps = 8 if block_m * block_n > 64 * 64 else max(2, min(4, block_m * block_n // 256))
     step_bytes = block_k * (2 * block_m + bits * block_n // 8)
-    stages = min(4, -(-k // (splits * block_k)), _BUFFER_BYTES.get(arch, 64 << 10) // step_bytes)
+    steps, room = -(-k // (splits * block_k)), _BUFFER_BYTES.get(arch, 64 << 10) // step_bytes
+    stages = min(_MAX_STAGES.get(arch, 3), steps, room)
     return Tiles(block_m, block_n, block_k, splits, warps, max(1, stages))
 
 
