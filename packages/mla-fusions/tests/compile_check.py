@@ -26,9 +26,8 @@ from mla_core.resources import resources_of
 from mla_core.testing.null_driver import null_driver
 from mla_core.testing.writes import WRITE_CASES
 from mla_fusions import (
-    batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant as a8w8,
-)
-from mla_fusions import (
+    MLAEpilogue,
+    MLAPrologue,
     batched_gemm_a16wfp4,
     batched_gemm_a16wnvfp4,
     batched_gemm_afp4wfp4,
@@ -47,6 +46,9 @@ from mla_fusions import (
     reshape_and_cache_flash,
     reshape_and_cache_with_block_quant,
     reshape_and_cache_with_pertoken_quant,
+)
+from mla_fusions import (
+    batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant as a8w8,
 )
 
 KERNELS = "mla_fusions.kernels"
@@ -238,6 +240,33 @@ def norms(arch):
     yield "norm tokens", partial(by_token, codes, scales[:, :1], q, q_weight, 1e-6, q)
 
 
+def layers():
+    """Yield what a layer of 16 heads launches before and after attention, at a few tokens."""
+    dims = MLADims(16)
+
+    def bf16(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    def run(tokens):
+        kv_b = bf16(16 * 256, 512)
+        prologue = MLAPrologue(
+            dims,
+            kv_a_proj_with_mqa=bf16(576, 64),
+            kv_a_layernorm=bf16(512),
+            kv_b_proj=kv_b,
+            q_a_proj=bf16(1536, 64),
+            q_a_layernorm=bf16(1536),
+            q_b_proj=bf16(16 * 192, 1536),
+        )
+        cache = LatentCache.bind("bf16", dims, 64, bf16(4, 64, 576))
+        index, table = torch.arange(tokens), torch.empty(100, 32)
+        prologue(bf16(tokens, 64), cache, index, index, table, table)
+        MLAEpilogue(dims, kv_b_proj=kv_b)(bf16(tokens, 16, 512))
+
+    for tokens in (1, 64):
+        yield f"layer {tokens}", partial(run, tokens)
+
+
 def large():
     """Return a write into a cache of 2 GiB, which AMD's compiler makes a kernel of its own for."""
     dims = MLADims(16)
@@ -250,7 +279,7 @@ def large():
 
 def check(arch):
     """Compile and print."""
-    for name, call in chain(calls(), products(arch), norms(arch), absorbed(arch)):
+    for name, call in chain(calls(), products(arch), norms(arch), absorbed(arch), layers()):
         with recorded(arch, KERNELS) as launches:
             call()
         for launch in launches:
