@@ -119,7 +119,7 @@ def main() -> int:
         options.layouts, options.tokens, options.backends.split(","), options.schedules
     ):
         try:
-            with scheduled(schedule):
+            with scheduled(rows.Rows, schedule):
                 result = measured(layout, tokens, backend, schedule, device, ceiling)
         except (MLAError, AssertionError) as exc:
             print(f"{layout:<18} {tokens:>6}  {backend:<10} {exc}")
@@ -140,13 +140,13 @@ def main() -> int:
 
 
 @contextmanager
-def scheduled(schedule: str) -> Iterator[None]:
-    """Have ``mla_fusions`` launch with other numbers, in a block."""
+def scheduled(owner: object, schedule: str) -> Iterator[None]:
+    """Have what asks an owner's ``schedule`` launch with other numbers, in a block."""
     if not schedule:
         yield
         return
-    block_t, num_warps = map(int, schedule.split(","))
-    with mock.patch.object(rows.Rows, "schedule", return_value=(block_t, num_warps)):
+    numbers = tuple(map(int, schedule.split(",")))
+    with mock.patch.object(owner, "schedule", return_value=numbers):
         yield
 
 

@@ -22,12 +22,10 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from unittest import mock
 
 import torch
-from cache_writes import compare, sets_for, timed
+from cache_writes import compare, scheduled, sets_for, timed
 
 from mla_core import LatentCache, MLADims, layouts
 from mla_core.arch import arch_of
@@ -160,7 +158,7 @@ def main() -> int:
         start = f"{layout:<16} {queries:<4} {tokens:>6} {heads:>5} {schedule:>8}"
         case = (layout, queries, tokens, heads, options.neox, options.sliced)
         try:
-            with scheduled(schedule):
+            with scheduled(rotation, schedule):
                 result = measured(*case, schedule, device, ceiling)
         except (MLAError, AssertionError) as exc:
             print(start, exc)
@@ -177,17 +175,6 @@ def main() -> int:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump([asdict(result) for result in results], file, indent=1)
     return 0 if is_right else 1
-
-
-@contextmanager
-def scheduled(schedule: str) -> Iterator[None]:
-    """Have ``mla_fusions`` launch with other numbers, in a block."""
-    if not schedule:
-        yield
-        return
-    block_h, num_warps = map(int, schedule.split(","))
-    with mock.patch.object(rotation, "schedule", return_value=(block_h, num_warps)):
-        yield
 
 
 def measured(

@@ -37,6 +37,7 @@ _Grid = tuple[int, int, int]
 _Places = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 #: The nth of the addresses given, None for none of them, and the bytes from there.
 _Place = tuple[int | None, int]
+_NULL: _Place = (None, 0)
 _Op = TypeVar("_Op", bound=Callable[..., None])
 #: Type of each argument to where tensors, numbers and descriptors are; None for plain launches.
 _places: dict[tuple[type, ...], _Places | None] = {}
@@ -169,7 +170,7 @@ class Tape:
                 found = [(nth, address - it.start) for nth, it in movable if address in it]
             # Nothing is read at 0, where empty tensors are.
             if not address and not found:
-                found.append((None, address))
+                found.append(_NULL)
             if len(found) != 1:
                 raise _AmbiguousError
             return found[0]
@@ -182,10 +183,9 @@ class Tape:
         except _AmbiguousError:
             return None
         used = dict.fromkeys(place for pair in places for one in pair for place in one)
-        # What steps pick from: all the addresses given, then 0 where it is used, then parts.
-        pool: list[_Place] = [(nth, 0) for nth in range(len(starts))]
-        pool += [place for place in used if place[0] is None]
-        pool += [place for place in used if place[0] is not None and place[1]]
+        # What steps pick from: all the addresses given, then 0, then parts.
+        parts = [(source, offset) for source, offset in used if source is not None and offset]
+        pool: list[_Place] = [*((nth, 0) for nth in range(len(starts))), _NULL, *parts]
         steps = [
             _Step(known, grid, _picker(pool, tensors), _picker(pool, bases) if bases else None)
             for (known, grid, _), (tensors, bases) in zip(self._steps, places, strict=True)
@@ -193,8 +193,7 @@ class Tape:
         return Repeat(
             self._device,
             _epoch[0],
-            tuple(offset for source, offset in pool if source is None),
-            tuple((source, offset) for source, offset in pool if source is not None and offset),
+            tuple(parts),
             tuple(steps),
         )
 
@@ -208,8 +207,6 @@ class Repeat:
     device : int
         Index of the tensors' device, -1 for the CPU.
     epoch : int
-    fixed : tuple of int
-        Addresses.
     parts : tuple of (int, int)
         Which of the given addresses, and bytes to add.
     steps : tuple
@@ -217,7 +214,6 @@ class Repeat:
 
     device: int
     epoch: int
-    fixed: tuple[int, ...]
     parts: tuple[tuple[int, int], ...]
     steps: tuple[_Step, ...]
 
@@ -254,7 +250,7 @@ class Repeat:
 
     def _pool(self, addresses: Sequence[int]) -> _Values:
         parts = [addresses[source] + offset for source, offset in self.parts]
-        return (*addresses, *self.fixed, *parts)
+        return (*addresses, 0, *parts)
 
     def calls(self, addresses: Sequence[int]) -> list[tuple[Callable[..., object], _Values]]:
         """Return the calls of the driver's functions alone, to tell what those take."""
