@@ -240,15 +240,19 @@ def norms(arch):
     yield "norm tokens", partial(by_token, codes, scales[:, :1], q, q_weight, 1e-6, q)
 
 
-def layers():
-    """Yield what a layer of 16 heads launches before and after attention, at a few tokens."""
+def layers(arch):
+    """Yield what a layer of 16 heads launches before and after attention, joined and apart.
+
+    Of layouts with scales the prologue alone, with weights in fp8.
+    """
     dims = MLADims(16)
+    flavour = "_fnuz" if fp8_of_arch(arch) == "fp8_e4m3fnuz" else ""
 
     def bf16(*shape):
         return torch.empty(shape, dtype=torch.bfloat16)
 
-    def run(tokens):
-        kv_b = bf16(16 * 256, 512)
+    def run(tokens, layout="bf16", weights="plain"):
+        kv_b = torch.zeros(16 * 256, 512, dtype=torch.bfloat16)
         prologue = MLAPrologue(
             dims,
             kv_a_proj_with_mqa=bf16(576, 64),
@@ -257,14 +261,20 @@ def layers():
             q_a_proj=bf16(1536, 64),
             q_a_layernorm=bf16(1536),
             q_b_proj=bf16(16 * 192, 1536),
+            weights=weights,
         )
-        cache = LatentCache.bind("bf16", dims, 64, bf16(4, 64, 576))
+        page_size = max(64, layouts.get(layout).page_multiple)
+        cache = LatentCache.allocate(layout, dims, 4, page_size)
         index, table = torch.arange(tokens), torch.empty(100, 32)
         prologue(bf16(tokens, 64), cache, index, index, table, table)
-        MLAEpilogue(dims, kv_b_proj=kv_b)(bf16(tokens, 16, 512))
+        if weights == "plain":
+            MLAEpilogue(dims, kv_b_proj=kv_b)(bf16(tokens, 16, 512))
 
-    for tokens in (1, 64):
+    for tokens in (1, 64, 4096):
         yield f"layer {tokens}", partial(run, tokens)
+    for layout in (f"fp8_ds656{flavour}", f"fp8_seg656{flavour}", "nvfp4_shuffled"):
+        # A product quantises too.
+        yield f"product layer {layout}", partial(run, 64, layout, "fp8")
 
 
 def large():
@@ -279,7 +289,7 @@ def large():
 
 def check(arch):
     """Compile and print."""
-    for name, call in chain(calls(), products(arch), norms(arch), absorbed(arch), layers()):
+    for name, call in chain(calls(), products(arch), norms(arch), absorbed(arch), layers(arch)):
         with recorded(arch, KERNELS) as launches:
             call()
         for launch in launches:

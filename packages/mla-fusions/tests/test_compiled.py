@@ -29,8 +29,9 @@ NUM_PRODUCTS = 6 * 6 + 4
 NUM_ABSORBED = 5 * 3
 #: Norms with each quantiser and without.
 NUM_NORMS = 4
-#: Norms, W_UK, rotation of what W_UK was stored beside, and W_UV, at two numbers of tokens.
-NUM_LAYERS = 4 * 2
+#: Norms, W_UK with rotation, and W_UV at two numbers of tokens; one launch more for many tokens;
+#: norms, and W_UK with rotation, of three layouts.
+NUM_LAYERS = 3 * 2 + 4 + 2 * 3
 #: Scalar registers that may be parked in lanes where tiles of comparisons are alive: products that
 #: quantise to MXFP4, or widen a flavour of fp8 that the chip does not know.
 PARKED = 16

@@ -25,11 +25,13 @@ from mla_core import (
 )
 from mla_core.arch import arch_of
 from mla_core.batch import indptr_of
-from mla_core.dtypes import fp8_of_arch
+from mla_core.dtypes import dtype_name, fp8_of_arch, torch_dtype
+from mla_core.launch import launch
 from mla_core.reference import quant
 from mla_core.testing.assertions import assert_close, relative_l2
 from mla_core.testing.poison import poison_
 from mla_fusions import MLAEpilogue, MLAPrologue, fused_qk_rope_write_kv_cache
+from mla_fusions.layer import MAX_JOINED_TOKENS
 
 pytestmark = pytest.mark.kernel
 
@@ -38,6 +40,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NUM_TOKENS = 20
 #: Prefill of two requests, a chunk with a padded row between, and a decode step.
 STEPS = ((5, 3), (1, 4), (1, 1))
+#: Every step in one launch less, the last one alone, and none.
+PATHS = ["joined", "some joined", "apart"]
 
 WIDTHS = {
     "hidden_size": 48,
@@ -105,10 +109,10 @@ def eager(module, hidden_states, dtype):
 class Served:
     """Two requests whose chunks run through prologue, decode and epilogue."""
 
-    def __init__(self, module, dtype, layout, page_size, **options):
+    def __init__(self, module, dtype, layout, page_size, weights="plain", **options):
         self.module, self.page_size = module, page_size
-        self.prologue = MLAPrologue.from_module(module, **options)
-        self.epilogue = MLAEpilogue.from_module(module, **options)
+        self.prologue = MLAPrologue.from_module(module, weights=weights, **options)
+        self.epilogue = MLAEpilogue.from_module(module, weights=weights)
         self.dims = self.prologue.dims
         scale = torch.tensor([0.05], device=DEVICE)
         needs_scale = mla_core.layouts.get(layout).needs_scale
@@ -207,27 +211,32 @@ def test_fp32_equals_the_module(name, seed, poisoned_empty):
     ids=str,
 )
 @pytest.mark.parametrize("name", ["v3", "v2"])
+@pytest.mark.parametrize("max_joined_tokens", [MAX_JOINED_TOKENS, 3, 0], ids=PATHS)
 def test_half_precision_rounds_no_more_than_the_module(
-    name, dtype, layout, page_size, seed, poisoned_empty
+    max_joined_tokens, name, dtype, layout, page_size, seed, poisoned_empty
 ):
     module = module_of(name, dtype)
-    actual, inputs = serve(module, dtype, layout, page_size)
+    options = {"max_joined_tokens": max_joined_tokens}
+    actual, inputs = serve(module, dtype, layout, page_size, **options)
     truth = run_eagerly(module, inputs)
     unfused = relative_l2(run_eagerly(module, inputs, dtype), truth)
     assert relative_l2(actual, truth) < 1.5 * unfused
 
 
-def test_fp8_cache(seed, poisoned_empty):
+@pytest.mark.parametrize("max_joined_tokens", [MAX_JOINED_TOKENS, 3, 0], ids=PATHS)
+def test_fp8_cache(max_joined_tokens, seed, poisoned_empty):
     module = module_of("v3", BF16)
-    actual, inputs = serve(module, BF16, "fp8")
+    actual, inputs = serve(module, BF16, "fp8", max_joined_tokens=max_joined_tokens)
     assert relative_l2(actual, run_eagerly(module, inputs)) < 6e-2
 
 
 @pytest.mark.parametrize(("weights", "limit"), [("fp8", 6e-2), ("mxfp4", 2e-2)])
-def test_quantised_weights(weights, limit, seed, poisoned_empty):
+@pytest.mark.parametrize("max_joined_tokens", [MAX_JOINED_TOKENS, 0], ids=["joined", "apart"])
+def test_quantised_weights(max_joined_tokens, weights, limit, seed, poisoned_empty):
     """Against a module that has the dequantised weights."""
     module = module_of("v3", BF16)
-    actual, inputs = serve(module, BF16, "bf16", weights=weights)
+    options = {"weights": weights, "max_joined_tokens": max_joined_tokens}
+    actual, inputs = serve(module, BF16, "bf16", **options)
     kv_b = module.kv_b_proj.weight.data.unflatten(0, (3, -1))
     for part, turn in ((slice(0, 32), True), (slice(32, None), False)):
         w = kv_b[:, part].transpose(1, 2) if turn else kv_b[:, part]
@@ -245,10 +254,16 @@ def test_quantised_weights(weights, limit, seed, poisoned_empty):
 class Tokens:
     """Arguments of a prologue's call for a few tokens of one request."""
 
-    def __init__(self, module, dtype, layout="fp32", num_tokens=5):
-        self.prologue = MLAPrologue.from_module(module)
-        self.cache = LatentCache.allocate(layout, self.prologue.dims, 2, 8, device=DEVICE)
-        poison_(self.cache.buffers[0])
+    def __init__(self, module, dtype, layout="fp32", num_tokens=5, **options):
+        self.prologue = MLAPrologue.from_module(module, **options)
+        kind = mla_core.layouts.get(layout)
+        scale = torch.tensor([0.05], device=DEVICE) if kind.needs_scale else None
+        page_size = max(8, kind.page_multiple)
+        self.cache = LatentCache.allocate(
+            kind, self.prologue.dims, 2, page_size, device=DEVICE, scale=scale
+        )
+        for buffer in self.cache.buffers:
+            poison_(buffer)
         self.hidden_states = torch.randn(num_tokens, 48, device=DEVICE).to(dtype)
         self.slots = torch.arange(num_tokens, device=DEVICE).flip(0)
         self.positions = torch.arange(num_tokens, device=DEVICE)
@@ -267,46 +282,128 @@ class Tokens:
         return self.prologue(**(given | named))
 
 
+def launched(monkeypatch, call):
+    """Return the names of the kernels that a call launches, and its result."""
+    names = []
+
+    def spy(kernel, *args, **constants):
+        names.append(kernel.fn.__name__)
+        launch(kernel, *args, **constants)
+
+    with monkeypatch.context() as patch:
+        for module in ("absorbed", "absorbed_rope", "norms", "rotation"):
+            patch.setattr(f"mla_fusions.{module}.launch", spy)
+        result = call()
+    return names, result
+
+
+@pytest.mark.parametrize("weights", ["plain", "fp8", "mxfp4"])
+@pytest.mark.parametrize(
+    "layout",
+    ["bf16", "fp8", "fp8_seg656", "fp8_ds32", "shuffled_fp8", "nvfp4_shuffled"],
+)
+def test_one_launch_or_two(layout, weights, monkeypatch, seed, poisoned_empty):
+    """Both ways to write every kind of cache, and which of them a number of tokens takes."""
+    options = {"layout": layout, "weights": weights}
+    # Of a width that every layout takes.
+    module = module_of("v3", BF16, kv_lora_rank=256, qk_rope_head_dim=64)
+    tokens = Tokens(module, BF16, **options, max_joined_tokens=5)
+    prologue = tokens.prologue
+    assert [prologue.joins(n) for n in (0, 1, 5, 6)] == [True, True, True, False]
+    written = []
+    for maximum, kernels in (
+        (5, ["norm_rows_kernel", "absorbed_rope_kernel"]),
+        (4, ["norm_rows_kernel", "absorbed_kernel", "rope_rows_kernel"]),
+    ):
+        prologue.max_joined_tokens = maximum
+        for buffer in tokens.cache.buffers:
+            poison_(buffer)
+        names, q = launched(monkeypatch, tokens)
+        assert names == kernels
+        written.append((q, [buffer.clone() for buffer in tokens.cache.buffers]))
+    joined, apart = written
+    assert not joined[0].isnan().any()
+    rank = prologue.dims.kv_lora_rank
+    # Sums of the product may be contracted in one of the two.
+    assert_close(joined[0][..., :rank], apart[0][..., :rank], what="absorbed", dtype="bf16")
+    assert torch.equal(joined[0][..., rank:], apart[0][..., rank:])
+    for ours, theirs in zip(joined[1], apart[1], strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+def test_which_calls_join_is_told(monkeypatch):
+    """By `joins` and by the representation; fp32 as it is never joins."""
+    told = {
+        "plain": "W_UK in torch.bfloat16, joined up to 256 tokens",
+        "fp8": "W_UK in fp8, joined up to 256 tokens",
+    }
+    module = module_of("v3", BF16)
+    for weights, message in told.items():
+        prologue = MLAPrologue.from_module(module, weights=weights, max_joined_tokens=256)
+        assert message in repr(prologue)
+    tokens = Tokens(module_of("v3"), FP32)
+    assert "W_UK in torch.float32, joined never" in repr(tokens.prologue)
+    assert not tokens.prologue.joins(1)
+    assert launched(monkeypatch, tokens)[0] == ["norm_rows_kernel", "rope_rows_kernel"]
+    prologue = MLAPrologue.from_module(module_of("v3"), weights="fp8")
+    assert prologue.joins(MAX_JOINED_TOKENS)
+    assert not prologue.joins(MAX_JOINED_TOKENS + 1)
+
+
 @pytest.mark.parametrize("name", ["v3", "v3-half-split-no-q-lora"])
-@pytest.mark.parametrize("q_dtype", [BF16, FP16, FP32, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "q_dtype", [BF16, FP16, FP32, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.uint8], ids=str
+)
+@pytest.mark.parametrize("max_joined_tokens", [MAX_JOINED_TOKENS, 0], ids=["joined", "apart"])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_queries_of_any_dtype(dtype, q_dtype, name, seed, poisoned_empty):
-    """Absorbed queries go straight to their place, or by way of the rotation where they cannot."""
-    tokens = Tokens(module_of(name, dtype), dtype)
-    plain = tokens().float()
+def test_queries_of_any_dtype(dtype, max_joined_tokens, q_dtype, name, seed, poisoned_empty):
+    """Absorbed queries are rounded once, from fp32 to what they are stored in."""
+    module = module_of(name, dtype)
+    tokens = Tokens(module, dtype, max_joined_tokens=max_joined_tokens)
+    plain = tokens(q_out=torch.empty(5, 3, 80, device=DEVICE))
     rows = [part.clone() for part in tokens.cache.read(tokens.slots)]
     q_out = poison_(torch.empty(*plain.shape, dtype=q_dtype, device=DEVICE))
     factor = torch.tensor([0.03125], device=DEVICE)
     is_fp8 = q_dtype.itemsize == 1
     assert tokens(q_out=q_out, q_scale=factor if is_fp8 else None) is q_out
-    got = q_out.float() * factor if is_fp8 else q_out.float()
-    rounding = {BF16: 4e-3, FP16: 4e-3, FP32: 4e-3}.get(q_dtype, 4e-2)
-    assert relative_l2(got, plain) < rounding
+    if is_fp8:
+        flavour = torch_dtype(fp8_of_arch(arch_of(q_out.device)))
+        stored = q_out.view(flavour) if q_dtype == torch.uint8 else q_out
+        name = dtype_name(stored.dtype)
+        assert torch.equal(
+            stored.view(torch.uint8), quant.to_fp8(plain / factor, name).view(torch.uint8)
+        )
+    else:
+        assert torch.equal(q_out, plain.to(q_dtype))
     for again, row in zip(tokens.cache.read(tokens.slots), rows, strict=True):
         assert torch.equal(again, row)
 
 
-def test_a_model_without_a_rotary_part(seed, poisoned_empty):
+@pytest.mark.parametrize("max_joined_tokens", [MAX_JOINED_TOKENS, 0], ids=["joined", "apart"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_a_model_without_a_rotary_part(dtype, max_joined_tokens, seed, poisoned_empty):
     dims = MLADims(2, 32, 0, 16, 16)
     given = {
-        "kv_a_proj_with_mqa": torch.randn(32, 8, device=DEVICE),
-        "kv_a_layernorm": torch.randn(32, device=DEVICE),
-        "kv_b_proj": torch.randn(64, 32, device=DEVICE),
-        "q_proj": torch.randn(32, 8, device=DEVICE),
+        "kv_a_proj_with_mqa": torch.randn(32, 8, device=DEVICE).to(dtype),
+        "kv_a_layernorm": torch.randn(32, device=DEVICE).to(dtype),
+        "kv_b_proj": torch.randn(64, 32, device=DEVICE).to(dtype),
+        "q_proj": torch.randn(32, 8, device=DEVICE).to(dtype),
     }
-    prologue = MLAPrologue(dims, **given)
+    prologue = MLAPrologue(dims, **given, max_joined_tokens=max_joined_tokens)
     cache = LatentCache.allocate("fp32", dims, 1, 8, device=DEVICE)
-    x = torch.randn(3, 8, device=DEVICE)
+    x = torch.randn(3, 8, device=DEVICE).to(dtype)
     index = torch.arange(3, device=DEVICE)
     table = torch.ones(4, 0, device=DEVICE)
     q = prologue(x, cache, index, index, table, table)
+    given = {name: weight.double() for name, weight in given.items()}
+    x, tolerance = x.double(), "fp32" if dtype == FP32 else "bf16"
     w_uk = given["kv_b_proj"].view(2, 32, 32)[:, :16]
     expected = torch.einsum("thn,hnc->thc", (x @ given["q_proj"].T).view(3, 2, 16), w_uk)
-    assert_close(q, expected, what="q", dtype="fp32")
+    assert_close(q, expected, what="q", dtype=tolerance)
     kv_c = torch.nn.functional.rms_norm(
         x @ given["kv_a_proj_with_mqa"].T, (32,), given["kv_a_layernorm"], 1e-6
     )
-    assert_close(cache.read(index)[0], kv_c, what="kv_c", dtype="fp32")
+    assert_close(cache.read(index)[0], kv_c, what="kv_c", dtype=tolerance)
 
 
 def test_no_tokens():

@@ -26,7 +26,7 @@ from mla_fusions.absorbed import (
 )
 from mla_fusions.latent_writers import as_scale
 from mla_fusions.rope_writers import cat_and_cache
-from mla_fusions.rotation import arrange
+from mla_fusions.rotation import Keys, Queries, Rotation, arrange
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -332,28 +332,53 @@ def _fused(
         q_out=q_out if transpose_bm else q_out.transpose(0, 1),
         q_scale=y_scale,
     )
-    rows.require_kernel(op, arch_of(device))
+    by_head = q_out.transpose(0, 1) if transpose_bm else q_out
+    join(product, by_head[..., :n], turn, queries, keys, config)
+    return (q_out, *returned[1:])
+
+
+def join(
+    product: Product,
+    y: torch.Tensor,
+    turn: Rotation,
+    queries: Queries,
+    keys: Keys,
+    config: Mapping[str, int] | None = None,
+) -> None:
+    """Launch what `rotate_and_write` does together with a product; all but ``config`` was checked.
+
+    Parameters
+    ----------
+    y : [heads, tokens, N], bf16, fp16, fp32 or fp8
+        Where the product goes, which ``queries`` leave.
+    config : mapping, optional
+        As in `batched_gemm_bf16`; K is not split.
+
+    Raises
+    ------
+    LayoutError, BackendUnavailableError, UnsupportedProblemError
+    """
+    rows.require_kernel(product.op, arch_of(y.device))
     # Imported at the first launch: Triton costs a second and may be absent.
     from mla_fusions.kernels.absorbed_rope import absorbed_rope_kernel
 
-    by_head = q_out.transpose(0, 1) if transpose_bm else q_out
+    heads, tokens, n = y.shape
     arranged = arrange(turn, queries, keys)
     tiles = product.tiles(config, 1)
     num_products = heads * tiles.of(tokens, n)
-    if num_products + arranged.num_programs:
-        last = product.w_factor, None, product.y_factor
-        args, constants = product.arguments(last, by_head[..., :n], None, tiles)
-        launch(
-            absorbed_rope_kernel,
-            (num_products + arranged.num_programs,),
-            num_products,
-            *args,
-            *arranged.args,
-            **constants,
-            **arranged.constants,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-            # Products and sums of rotations round on their own: the same bits on every chip.
-            enable_fp_fusion=False,
-        )
-    return (q_out, *returned[1:])
+    if not num_products + arranged.num_programs:
+        return
+    args, constants = product.arguments((product.w_factor, None, product.y_factor), y, None, tiles)
+    launch(
+        absorbed_rope_kernel,
+        (num_products + arranged.num_programs,),
+        num_products,
+        *args,
+        *arranged.args,
+        **constants,
+        **arranged.constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        # Products and sums of rotations round on their own: the same bits on every chip.
+        enable_fp_fusion=False,
+    )

@@ -2,7 +2,8 @@
 
 The prologue turns hidden states into absorbed queries and a written cache, the epilogue attention's
 latents into the layer's output. Dense projections are torch's products; all that stands between
-them is a launch for each of norms, absorbed product, and rotation with the cache write::
+them is a launch for the norms, and one for absorbed product, rotation and cache write, or for many
+tokens two::
 
     prologue = MLAPrologue.from_module(layer.self_attn)
     epilogue = MLAEpilogue.from_module(layer.self_attn)
@@ -25,20 +26,23 @@ from mla_core.arch import arch_of
 from mla_core.cache import LatentCache
 from mla_core.checks import check_tensor
 from mla_core.dims import MLADims
-from mla_core.dtypes import fp8_of_arch
+from mla_core.dtypes import fp8_of_arch, torch_dtype
 from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.reference import quant
-from mla_fusions.absorbed import (
-    batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant,
-    batched_gemm_a16wfp4,
-    batched_gemm_bf16,
-)
+from mla_fusions.absorbed import Product, product_of_fp8, product_of_halves, product_of_mxfp4
+from mla_fusions.absorbed_rope import join
 from mla_fusions.norms import fused_qk_rmsnorm
-from mla_fusions.rope_writers import fused_qk_rope_write_kv_cache
+from mla_fusions.rope_writers import written
+from mla_fusions.rotation import rotate_and_write
 from mla_fusions.rows import require_kernel
 
 #: How W_UK and W_UV are stored: as they are given, or quantised when the layer is made.
 Weights = Literal["plain", "fp8", "mxfp4"]
+
+#: Tokens up to which a prologue absorbs W_UK, rotates and writes in one launch. Few tokens leave
+#: multiprocessors idle that the rotation fills; with many, it would run with the registers and the
+#: shared memory of the product. An estimate: `benchmarks/layer.py` times both.
+MAX_JOINED_TOKENS = 256
 
 _WEIGHTS = ("plain", "fp8", "mxfp4")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -83,6 +87,8 @@ class MLAPrologue:
         How W_UK is stored. "fp8" has one scale for all, of the flavour of the device, and
         activations are quantised for each token and 128 elements; "mxfp4" needs bf16, which the
         activations stay in, and ``qk_nope_head_dim`` a multiple of 32.
+    max_joined_tokens : int
+        Calls with more tokens multiply in one launch and rotate and write in another; see `MLAPrologue.joins`.
 
     Raises
     ------
@@ -116,11 +122,13 @@ class MLAPrologue:
         kv_eps: float = 1e-6,
         is_neox: bool = False,
         weights: Weights = "plain",
+        max_joined_tokens: int = MAX_JOINED_TOKENS,
     ) -> None:
         op = "MLAPrologue"
         _check_dims(op, dims)
         require_kernel(op, arch_of(kv_b_proj.device))
         self.dims = dims
+        self.max_joined_tokens = int(max_joined_tokens)
         self.q_eps, self.kv_eps, self.is_neox = float(q_eps), float(kv_eps), bool(is_neox)
         checked = _Checker(op, kv_a_proj_with_mqa)
         kv_a = checked("kv_a_proj_with_mqa", kv_a_proj_with_mqa, (dims.latent_dim, "hidden"))
@@ -163,7 +171,12 @@ class MLAPrologue:
 
     @classmethod
     def from_module(
-        cls, module: Any, *, is_neox: bool | None = None, weights: Weights = "plain"
+        cls,
+        module: Any,
+        *,
+        is_neox: bool | None = None,
+        weights: Weights = "plain",
+        max_joined_tokens: int = MAX_JOINED_TOKENS,
     ) -> MLAPrologue:
         """Take the weights of an attention module that has DeepSeek's names for them.
 
@@ -177,6 +190,7 @@ class MLAPrologue:
         is_neox : bool, optional
             By default the opposite of ``module.config.rope_interleave``, and False without that.
         weights : "plain", "fp8" or "mxfp4"
+        max_joined_tokens : int
 
         Raises
         ------
@@ -206,7 +220,28 @@ class MLAPrologue:
             for what, name in norms.items()
         }
         given: dict[str, Any] = {**tensors, **eps}
-        return cls(dims, is_neox=is_neox, weights=weights, **given)
+        return cls(
+            dims,
+            is_neox=is_neox,
+            weights=weights,
+            max_joined_tokens=max_joined_tokens,
+            **given,
+        )
+
+    def __repr__(self) -> str:
+        """Say what the layer is, and which calls take one launch less."""
+        weights = self._w_uk.kind if self._w_uk.scales is not None else str(self._w_uk.dtype)
+        joined = f"up to {self.max_joined_tokens} tokens" if self._w_uk.has_kernel else "never"
+        return f"MLAPrologue({self.dims}, W_UK in {weights}, joined {joined})"
+
+    def joins(self, num_tokens: int) -> bool:
+        """Say whether a call absorbs W_UK, rotates and writes the cache in one launch.
+
+        So it does for at most ``max_joined_tokens`` tokens, whatever the layout of the cache and
+        the dtype of the queries, unless W_UK is in fp32, which torch multiplies. Otherwise these
+        are two launches, or three where K is split, and make the same numbers.
+        """
+        return self._w_uk.has_kernel and num_tokens <= self.max_joined_tokens
 
     def __call__(
         self,
@@ -270,19 +305,14 @@ class MLAPrologue:
         q_nope, q_pe = q.split((dims.qk_nope_head_dim, dims.qk_rope_head_dim), dim=-1)
         if q_out is None:
             q_out = q.new_empty(num_tokens, dims.num_heads, dims.latent_dim)
-        shape = (num_tokens, dims.num_heads, f"{dims.latent_dim} or more")
-        check_tensor(op, "q_out", q_out, shape=shape, dtypes=(q_out.dtype,), device=q.device)
-        if q_out.shape[2] < dims.latent_dim:
-            raise LayoutError(
-                f"{op}: q_out must have at least {dims.latent_dim} elements in a head, got "
-                f"{q_out.shape[2]}"
-            )
-        # Where the product can store what the queries are, it stores it where they go.
-        is_direct = q_out.dtype in self._w_uk.stores and dims.qk_rope_head_dim > 0
-        ql_nope = q_out[..., :rank] if is_direct else q.new_empty(num_tokens, q.shape[1], rank)
-        self._w_uk.multiply(q_nope, ql_nope)
-        fused_qk_rope_write_kv_cache(
-            None if is_direct else ql_nope,
+        product = self._w_uk.product(op, q_nope)
+        latent = None
+        if product is None:
+            latent = q.new_empty(num_tokens, dims.num_heads, rank)
+            self._w_uk.multiply(op, q_nope, latent)
+        turn, queries, keys, _ = written(
+            op,
+            latent,
             q_pe,
             kv_c,
             k_pe,
@@ -295,6 +325,17 @@ class MLAPrologue:
             q_out=q_out,
             q_scale=q_scale,
         )
+        if product is not None:
+            # The product stores its part where attention reads it; the rotation writes the rest.
+            stored = q_out
+            if q_out.dtype == torch.uint8:
+                stored = q_out.view(torch_dtype(fp8_of_arch(arch_of(q_out.device))))
+            y, product.y_factor = stored[..., :rank], queries.factor
+            if self.joins(num_tokens):
+                join(product, y.transpose(0, 1), turn, queries, keys)
+                return q_out
+            product.run(None, None, y, True, None, None, takes_fp8=True)
+        rotate_and_write(op, turn, queries, keys)
         return q_out
 
     def _norm(self, q_first: torch.Tensor, kv_c: torch.Tensor) -> torch.Tensor:
@@ -424,7 +465,7 @@ class MLAEpilogue:
         check_tensor(op, "out", out, shape=shape, dtypes=dtypes, device=latents.device)
         if not out.is_contiguous():
             raise LayoutError(f"{op}: out must be contiguous, got strides {out.stride()}")
-        self._w_uv.multiply(latents, out.view(num_tokens, dims.num_heads, dims.v_head_dim))
+        self._w_uv.multiply(op, latents, out.view(num_tokens, dims.num_heads, dims.v_head_dim))
         return out if self._o is None else functional.linear(out, self._o, self._o_bias)
 
 
@@ -438,7 +479,6 @@ class _Absorbed:
     scales : of the whole weight, or of each group, or None
     dtype, device
         Of activations.
-    stores : dtypes that a result may have
     """
 
     weight: torch.Tensor
@@ -446,7 +486,6 @@ class _Absorbed:
     kind: Weights
     dtype: torch.dtype
     device: torch.device
-    stores: tuple[torch.dtype, ...]
 
     @classmethod
     def of(cls, op: str, weight: torch.Tensor, kind: Weights) -> _Absorbed:
@@ -460,13 +499,11 @@ class _Absorbed:
             raise LayoutError(f"{op}: weights must be one of {', '.join(_WEIGHTS)}, got {kind!r}")
         device, dtype = weight.device, weight.dtype
         if kind == "plain":
-            # A debugging dtype: torch multiplies it, and stores what it multiplied.
-            stores = _DTYPES if dtype in _HALF else (dtype,)
-            return cls(weight, None, kind, dtype, device, stores)
+            return cls(weight, None, kind, dtype, device)
         if kind == "fp8":
             fp8 = fp8_of_arch(arch_of(device))
             stored, scale = quant.quantize_per_tensor(weight, fp8=fp8)
-            return cls(stored, scale.reshape(1), kind, dtype, device, _DTYPES)
+            return cls(stored, scale.reshape(1), kind, dtype, device)
         if dtype != torch.bfloat16:
             raise LayoutError(f"{op}: weights='mxfp4' must be made of bfloat16, got {dtype}")
         if weight.shape[2] % _MXFP4_GROUP:
@@ -475,34 +512,35 @@ class _Absorbed:
                 f"over, got {weight.shape[2]}"
             )
         packed, scales = quant.quantize_mxfp4(weight.contiguous())
-        return cls(packed, scales, kind, dtype, device, _DTYPES)
+        return cls(packed, scales, kind, dtype, device)
 
-    def multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
+    @property
+    def has_kernel(self) -> bool:
+        """Whether our kernels multiply it; fp32 as it is, for debugging, is torch's."""
+        return self.scales is not None or self.dtype in _HALF
+
+    def product(self, op: str, x: torch.Tensor) -> Product | None:
+        """Return the product of ``x`` [T, h, k] with every head's matrix; None for torch's."""
+        if not self.has_kernel:
+            return None
+        if self.scales is None:
+            return product_of_halves(op, ("x", "w"), x, self.weight, is_turned=True)
+        names = ("x", "w", "w_scale")
+        if self.kind == "fp8":
+            return product_of_fp8(
+                op, names, x, self.weight, self.scales, _FP8_GROUP, is_turned=True
+            )
+        return product_of_mxfp4(
+            op, names, x, self.weight, self.scales, is_quantised=False, is_turned=True
+        )
+
+    def multiply(self, op: str, x: torch.Tensor, out: torch.Tensor) -> None:
         """Store the product of ``x`` [T, h, k] with every head's matrix in ``out`` [T, h, n]."""
-        if self.scales is None and self.dtype not in _HALF:
-            torch.bmm(x.transpose(0, 1), self.weight.transpose(1, 2), out=out.transpose(0, 1))
-        elif self.scales is None:
-            batched_gemm_bf16(x, self.weight, YQ=out, transpose_bm=True, transpose_bm_in=True)
-        elif self.kind == "fp8":
-            batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant(
-                x,
-                self.weight,
-                self.scales,
-                _FP8_GROUP,
-                YQ=out,
-                transpose_bm=True,
-                transpose_bm_in=True,
-            )
+        product = self.product(op, x)
+        if product is not None:
+            product.run(None, None, out, True, None, None)
         else:
-            batched_gemm_a16wfp4(
-                x,
-                self.weight,
-                self.scales,
-                y=out,
-                prequant=False,
-                transpose_bm=True,
-                transpose_bm_in=True,
-            )
+            torch.bmm(x.transpose(0, 1), self.weight.transpose(1, 2), out=out.transpose(0, 1))
 
 
 class _Checker:

@@ -95,6 +95,48 @@ def fused_qk_rope_write_kv_cache(
     without ``q_nope``.
     """
     op = "fused_qk_rope_write_kv_cache"
+    turn, queries, keys, q_out = written(
+        op,
+        q_nope,
+        q_pe,
+        kv_c,
+        k_pe,
+        cache,
+        slots,
+        positions,
+        cos,
+        sin,
+        is_neox=is_neox,
+        q_out=q_out,
+        q_scale=q_scale,
+        offs=offs,
+        rotary_dim=rotary_dim,
+        dim_offset=dim_offset,
+    )
+    rotate_and_write(op, turn, queries, keys)
+    return q_out
+
+
+def written(
+    op: str,
+    q_nope: torch.Tensor | None,
+    q_pe: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    cache: LatentCache,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    is_neox: bool,
+    q_out: torch.Tensor | None,
+    q_scale: torch.Tensor | float | None,
+    offs: torch.Tensor | None = None,
+    rotary_dim: int | None = None,
+    dim_offset: int = 0,
+) -> tuple[Rotation, Queries, Keys, torch.Tensor]:
+    """Check what `fused_qk_rope_write_kv_cache` takes; return what to launch, and ``q_out``."""
     dims, device = cache.dims, q_pe.device
     if q_nope is None:
         check_tensor(op, "q_pe", q_pe, shape=("T", "h", "r"), dtypes=ROWS, device=device)
@@ -148,8 +190,8 @@ def fused_qk_rope_write_kv_cache(
     spec = rows.of_layout(cache.layout, dims, cache.page_size, arch_of(device))
     a = rows.target_of(cache, "kv_c", kv_c)
     b = None if spec.b is None else rows.target_of(cache, "k_pe", k_pe)
-    rotate_and_write(op, turn, queries, Keys(spec, a, b, slots, cache.num_slots, 1, num_tokens))
-    return q_out
+    keys = Keys(spec, a, b, slots, cache.num_slots, 1, num_tokens)
+    return turn, queries, keys, q_out
 
 
 def fused_qk_rope_concat_and_cache_mla(

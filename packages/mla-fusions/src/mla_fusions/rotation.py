@@ -160,7 +160,9 @@ def arrange(turn: Rotation, queries: Queries, keys: Keys) -> Arranged:
     block_t, _ = keys.spec.schedule(num_keys, keys.heads)
     writes_keys = num_keys and (keys.num_slots or keys.out is not None)
     num_kv_programs = -(-num_keys // block_t) * keys.heads if writes_keys else 0
-    num_programs = num_kv_programs + num_tokens * -(-heads // block_h)
+    # Queries whose latent part is written elsewhere may have no other.
+    writes_queries = rank or rope_dim or zeros is not None
+    num_q_programs = num_tokens * -(-heads // block_h) if writes_queries else 0
     places = (0, rank) if queries.is_nope_first else (rope_dim, 0)
     zero_width = 0 if zeros is None else zeros.shape[2]
     shape = (rank, tile_c, rope_dim, tile_r, *places, zero_width, rows.power_of_two(zero_width))
@@ -212,7 +214,7 @@ def arrange(turn: Rotation, queries: Queries, keys: Keys) -> Arranged:
         "BLOCK_T": block_t,
         "BLOCK_H": block_h,
     }
-    return Arranged(num_programs, num_warps, args, constants)
+    return Arranged(num_kv_programs + num_q_programs, num_warps, args, constants)
 
 
 def rotation_of(
