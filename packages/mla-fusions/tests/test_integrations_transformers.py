@@ -160,7 +160,8 @@ def test_only_attention_is_replaced(seed):
     assert all(hasattr(module, "kv_b_proj") for module in replaced)
 
 
-def test_what_a_fused_layer_cannot_do_is_refused(seed):
+def test_what_a_fused_layer_cannot_do_is_refused(seed, monkeypatch):
+    monkeypatch.setenv("MLA_CHECK", "1")  # compare positions on a GPU too
     fused, _ = build("v2", seed)
     packed, inputs = Served(fused, "fp32", prefill="expanded").prepare((3, 2))
     with pytest.raises(LayoutError, match="prefill='absorbed', got 'expanded'"):

@@ -58,3 +58,8 @@ def fp8_of_arch(arch: str) -> str:
     written in one flavour means another number in the other.
     """
     return "fp8_e4m3fnuz" if arch == "gfx942" else "fp8_e4m3"
+
+
+def divided(x: torch.Tensor, by: float) -> torch.Tensor:
+    """Divide correctly rounded on every device: CUDA multiplies by 1 / ``by`` for a number."""
+    return x / torch.full_like(x, by)

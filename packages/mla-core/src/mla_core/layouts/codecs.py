@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_core.dtypes import fp8_max, torch_dtype
+from mla_core.dtypes import divided, fp8_max, torch_dtype
 
 # Floors of a group's scale, so that a group of zeros is not divided by zero.
 E8M0_MIN = 1e-4
@@ -142,7 +142,7 @@ class GroupScaled(Codec):
     def encode(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Scale each group to the largest finite value."""
         groups = _grouped(x.float(), self.group)
-        factor = _divided(groups.abs().amax(-1).clamp(min=self.min_amax), fp8_max(self.dtype))
+        factor = divided(groups.abs().amax(-1).clamp(min=self.min_amax), fp8_max(self.dtype))
         if self.e8m0:
             scales = e8m0_ceil(factor.clamp(min=E8M0_MIN))
             factor = e8m0_value(scales)
@@ -206,7 +206,7 @@ class NvFp4(Codec):
     def encode(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Quantise against the *rounded* scale, so that the pair is consistent."""
         groups = _grouped(x.float(), self.group)
-        scales = _saturate(_divided(groups.abs().amax(-1), FP4_MAX), "fp8_e4m3")
+        scales = _saturate(divided(groups.abs().amax(-1), FP4_MAX), "fp8_e4m3")
         factor = scales.float()
         codes = fp4_encode(groups / torch.where(factor == 0, 1.0, factor)[..., None]).flatten(-2)
         return codes[..., 0::2] | (codes[..., 1::2] << 4), scales
@@ -219,11 +219,6 @@ class NvFp4(Codec):
         values = fp4_decode(torch.stack((packed & 15, packed >> 4), -1).flatten(-2))
         groups = _grouped(values, self.group) * scales.float()[..., None]
         return groups.flatten(-2).to(dtype)
-
-
-def _divided(x: torch.Tensor, by: float) -> torch.Tensor:
-    """Divide correctly rounded on every device: CUDA multiplies by 1 / ``by`` for a number."""
-    return x / torch.full_like(x, by)
 
 
 def e8m0_ceil(x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from mla_core.dtypes import fp8_max, torch_dtype
+from mla_core.dtypes import divided, fp8_max, torch_dtype
 from mla_core.errors import LayoutError
 
 ScaleFormat = Literal["fp32", "ue8m0"]
@@ -58,7 +58,7 @@ def quantize_per_tensor(
     x = x.float()
     if scale is None:
         amax = x.abs().amax() if x.numel() else x.new_zeros(())
-        scale = (amax / fp8_max(fp8)).clamp(min=_SMALLEST_NORMAL)
+        scale = divided(amax, fp8_max(fp8)).clamp(min=_SMALLEST_NORMAL)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(())
     return to_fp8(x / scale, fp8), scale
 
@@ -93,7 +93,7 @@ def quantize_groups(
     """
     groups = _grouped("quantize_groups", x.float(), group_size)
     amax = groups.abs().amax(dim=-1).clamp(min=min_amax)
-    scales = (amax / fp8_max(fp8)).clamp(min=min_scale)
+    scales = divided(amax, fp8_max(fp8)).clamp(min=min_scale)
     if scale_format == "ue8m0":
         scales = ceil_power_of_two(scales)
     return to_fp8(groups / scales[..., None], fp8).flatten(-2), scales
@@ -235,7 +235,7 @@ def quantize_nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         A group whose scale rounds to 0 stores zeros.
     """
     groups = _grouped("quantize_nvfp4", x.float(), NVFP4_GROUP)
-    scales = to_fp8(groups.abs().amax(dim=-1) / E2M1_MAX)
+    scales = to_fp8(divided(groups.abs().amax(dim=-1), E2M1_MAX))
     divisors = scales.float()[..., None]
     scaled = torch.where(divisors == 0, 0.0, groups / divisors)
     return pack_nibbles(e2m1_encode(scaled).flatten(-2)), scales
