@@ -35,6 +35,7 @@ from mla_fusions import (
     fused_bf16_bmm_rope_cat_and_cache_mla,
     fused_fp4_bmm_rope_cat_and_cache_mla,
     fused_fp8_bmm_rope_cat_and_cache_mla,
+    fused_kv_norm_rope_write_kv_cache,
     fused_nvfp4_bmm_rope_cat_and_cache_mla,
     fused_qk_rmsnorm_group_quant,
     fused_qk_rmsnorm_per_token_quant,
@@ -240,6 +241,39 @@ def norms(arch):
     yield "norm tokens", partial(by_token, codes, scales[:, :1], q, q_weight, 1e-6, q)
 
 
+def norm_writes(arch):
+    """Yield norms of both latents with RoPE and a write of many tokens, and of a few."""
+    fp8 = torch_dtype(fp8_of_arch(arch))
+    names = ("bf16", "fp8", "fp8_ds656", "fp8_seg644_fnuz", "fp8_ds32", "shuffled_fp8")
+    for name in (*names, "nvfp4_shuffled", "v4_584", "v4_nm"):
+        kind, is_v4 = layouts.get(name), name.startswith("v4")
+        dims = MLADims(1, 448, 64, 448, 512, value_includes_rope=True) if is_v4 else MLADims(16)
+        rank, width = dims.kv_lora_rank, dims.qk_rope_head_dim
+        for tokens in (1, 4096):
+            page_size = max(64, kind.page_multiple)
+            scale = torch.ones(1) if kind.needs_scale else None
+            cache = LatentCache.allocate(kind, dims, 4, page_size, scale=scale)
+            first = torch.empty(tokens, 1536 + rank + width, dtype=torch.bfloat16)
+            index, table = torch.arange(tokens), torch.empty(100, width // 2)
+            weight = torch.empty(rank + width if is_v4 else rank, dtype=torch.bfloat16)
+            keys = (first[:, 1536:], None, weight, cache, index, index, table, table)
+            query = {"q": first[:, :1536], "q_weight": torch.empty(1536)}
+            query["q_out_quantized"] = torch.empty(tokens, 1536).to(fp8)
+            query["q_out_scale"] = torch.empty(tokens, 12)
+            yield (
+                f"norm write {name} {tokens}",
+                partial(
+                    fused_kv_norm_rope_write_kv_cache,
+                    *keys,
+                    is_neox=tokens == 1,
+                    kv_out=first[:, 1536 : 1536 + rank] if name == "bf16" else None,
+                    k_pe_out=first[:, 1536 + rank :] if name == "bf16" else None,
+                    # Most with a query, so that programs of both kinds share registers.
+                    **({} if name == "fp8_ds32" else {**query, "group_size": 128}),
+                ),
+            )
+
+
 def layers(arch):
     """Yield what a layer of 16 heads launches before and after attention, joined and apart.
 
@@ -289,7 +323,8 @@ def large():
 
 def check(arch):
     """Compile and print."""
-    for name, call in chain(calls(), products(arch), norms(arch), absorbed(arch), layers(arch)):
+    every = (calls(), products(arch), norms(arch), norm_writes(arch), absorbed(arch))
+    for name, call in chain(*every, layers(arch)):
         with recorded(arch, KERNELS) as launches:
             call()
         for launch in launches:

@@ -29,6 +29,8 @@ NUM_PRODUCTS = 6 * 6 + 4
 NUM_ABSORBED = 5 * 3
 #: Norms with each quantiser and without.
 NUM_NORMS = 4
+#: Norms with RoPE and a write: nine layouts at two numbers of tokens.
+NUM_NORM_WRITES = 9 * 2
 #: Norms, W_UK with rotation, and W_UV at two numbers of tokens; one launch more for many tokens;
 #: norms, and W_UK with rotation, of three layouts.
 NUM_LAYERS = 3 * 2 + 4 + 2 * 3
@@ -50,7 +52,8 @@ def test_every_kernel_compiles_within_limits(arch):
     assert done.returncode == 0, done.stderr[-3000:]
     *results, repeated = map(json.loads, done.stdout.splitlines())
     num_products = NUM_PRODUCTS + NUM_ABSORBED
-    assert len(results) == 26 + 8 + 7 + NUM_ROTATIONS + num_products + NUM_NORMS + NUM_LAYERS
+    num_norms = NUM_NORMS + NUM_NORM_WRITES
+    assert len(results) == 26 + 8 + 7 + NUM_ROTATIONS + num_products + num_norms + NUM_LAYERS
     for result in results:
         print(result["case"], result["resources"])
         assert result["is_binary"], result

@@ -12,6 +12,8 @@ import mla_fusions
 from mla_core import LatentCache, MLADims, layouts
 from mla_core.dtypes import torch_dtype
 from mla_core.reference import gemm, quant
+from mla_core.reference.norm import rms_norm
+from mla_core.reference.rope import rope
 from mla_core.testing.assertions import assert_close
 from mla_core.testing.emulation import emulated_triton
 from mla_core.testing.writes import WRITE_CASES, check_write
@@ -31,6 +33,7 @@ KERNELS = (
     "mla_fusions.kernels.absorbed:reduce_splits_kernel",
     "mla_fusions.kernels.rope_rows:rope_rows_kernel",
     "mla_fusions.kernels.norms:norm_rows_kernel",
+    "mla_fusions.kernels.norm_rope_rows:norm_rope_rows_kernel",
     "mla_fusions.kernels.absorbed_rope:absorbed_rope_kernel",
 )
 CASES = tuple(
@@ -245,3 +248,53 @@ def test_absorbed_products_with_rope_and_write(arch, weights, seed):
     assert_close(there, here, what="absorbed", dtype="fp32")
     for interpreted, emulated in zip(exact_here, exact_there, strict=True):
         assert torch.equal(interpreted.view(torch.uint8), emulated.view(torch.uint8))
+
+
+@pytest.mark.parametrize("layout", ["bf16", "fp8_ds656", "nvfp4_shuffled", "v4_584"])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_norms_with_rope_and_write(arch, layout, seed):
+    """In place; the cache holds, bit for bit, what core stores of the norm that comes back."""
+    is_v4, page_size = layout == "v4_584", max(16, layouts.get(layout).page_multiple)
+    dims = MLADims(4, 256, 64)
+    if is_v4:
+        dims = MLADims(4, 448, 64, 448, 512, value_includes_rope=True)
+    rank, width = dims.kv_lora_rank, dims.qk_rope_head_dim
+    first = torch.randn(3, 192 + rank + width) * 3
+    given = first.clone()
+    weight = torch.randn(rank + width if is_v4 else rank).bfloat16()
+    slots, positions = torch.tensor([page_size + 1, -1, 2]), torch.tensor([8, 1, 3])
+    table, q_weight = torch.randn(9, 48), torch.randn(192).bfloat16()
+    cache, wanted = (LatentCache.allocate(layout, dims, 2, page_size, fill=0xA5) for _ in range(2))
+    with emulated_triton(arch, *KERNELS) as results:
+        mla_fusions.fused_kv_norm_rope_write_kv_cache(
+            *(first[:, 192:], None, weight, cache, slots, positions, table[:, :24], table[:, 24:]),
+            is_neox=is_v4,
+            kv_out=first[:, 192 : 192 + rank],
+            k_pe_out=first[:, 192 + rank :],
+            q=first[:, :192],
+            q_weight=q_weight,
+            q_out_unquantized=first[:, :192],
+            offs=torch.tensor([0, 1, -4]),
+            rotary_dim=48,
+            dim_offset=8,
+        )
+    assert sum(result.instructions for result in results) > 0
+    q, row = given[:, :192], given[:, 192:]
+    assert_close(first[:, :192], rms_norm(q, q_weight, 1e-6)[0], what="q", dtype="fp32")
+    normed = rms_norm(row if is_v4 else row[:, :rank], weight, 1e-6)[0].float()
+    pe = rope(
+        normed[:, rank:] if is_v4 else row[:, rank:],
+        *(torch.tensor([8, 2, 0]), table[:, :24], table[:, 24:]),
+        is_neox=is_v4,
+        rotary_dim=48,
+        dim_offset=8,
+        dtype=torch.float32,
+    )
+    assert_close(first[:, 192 : 192 + rank], normed[:, :rank], what="kv_c", dtype="fp32")
+    if is_v4:
+        assert_close(first[:, 192 + rank :], pe, what="k_pe", dtype="fp32")
+    else:
+        assert torch.equal(first[:, 192 + rank :], pe)
+    wanted.write(first[:, 192 : 192 + rank], first[:, 192 + rank :], slots)
+    for got, want in zip(cache.buffers, wanted.buffers, strict=True):
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))

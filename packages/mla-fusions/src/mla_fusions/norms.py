@@ -6,19 +6,20 @@ side by side. One launch norms both and quantises the former for the projection 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from mla_core.arch import arch_of
 from mla_core.checks import check_tensor
 from mla_core.errors import LayoutError
 from mla_core.launch import launch
+from mla_fusions.absorbed import FLOATING, FP8_OF
 from mla_fusions.rows import NATIVE_FP8, power_of_two, require_kernel
 
 #: Kinds of quantisers, as in `mla_fusions.kernels.absorbed`.
-_NONE, _FP8, _MXFP4 = range(3)
-_FLOATING = (torch.bfloat16, torch.float16, torch.float32)
-_FP8_OF = {torch.float8_e4m3fn: ("fp8_e4m3", 7), torch.float8_e4m3fnuz: ("fp8_e4m3fnuz", 8)}
-_FP4 = (torch.uint8, torch.float4_e2m1fn_x2)
+NONE, FP8, MXFP4 = range(3)
+FP4 = (torch.uint8, torch.float4_e2m1fn_x2)
 _SCALE_BYTES = (torch.uint8, torch.float8_e8m0fnu)
 #: Group sizes by the name of ROCm/aiter's ``QuantType``; None is one for the whole row.
 _GROUP_OF = {
@@ -93,16 +94,11 @@ def fused_qk_rmsnorm_group_quant(
     with k; 64-bit addresses.
     """
     op = "fused_qk_rmsnorm_group_quant"
-    quant, group = _NONE, None
+    quant, group = NONE, None
     if q_out_scale is not None:
         if q_out_quantized is None:
             raise LayoutError(f"{op}: q_out_quantized must be given with q_out_scale, got None")
-        quant = _MXFP4 if q_out_quantized.dtype in _FP4 else _FP8
-        group = group_size
-        if quant == _MXFP4 and group != 32:
-            raise LayoutError(f"{op}: group_size must be 32 for MXFP4, got {group}")
-        if group < 16 or group & (group - 1):
-            raise LayoutError(f"{op}: group_size must be a power of two from 16 on, got {group}")
+        quant, group = quantiser_of(op, q_out_quantized, group_size), group_size
     elif q_out_unquantized is None:
         raise LayoutError(f"{op}: q_out_unquantized must be given without q_out_scale, got None")
     _norm(
@@ -144,7 +140,7 @@ def fused_qk_rmsnorm_per_token_quant(
     """
     op = "fused_qk_rmsnorm_per_token_quant"
     _norm(
-        op, _FP8, None, q_out_quantized, q_out_scale, q, q_weight, q_epsilon, q_out_unquantized,
+        op, FP8, None, q_out_quantized, q_out_scale, q, q_weight, q_epsilon, q_out_unquantized,
         k_out, q_res_out, k, k_weight, k_epsilon, q_residual, False, gemma_norm,
     )  # fmt: skip
 
@@ -201,7 +197,7 @@ def fused_qk_rmsnorm(
             )
         out = q_out_unquantized if q_out_quantized is None else q_out_quantized
         _norm(
-            op, _NONE, None, None, None, q, q_weight, q_epsilon, out,
+            op, NONE, None, None, None, q, q_weight, q_epsilon, out,
             k_out, q_res_out, k, k_weight, k_epsilon, q_residual, False, gemma_norm,
         )  # fmt: skip
         return
@@ -214,7 +210,7 @@ def fused_qk_rmsnorm(
     rest = (k_out, q_res_out, k, k_weight, k_epsilon, q_residual)
     if kind == "per_Token":
         _norm(
-            op, _FP8, None, q_out_quantized, q_out_scale, q, q_weight, q_epsilon,
+            op, FP8, None, q_out_quantized, q_out_scale, q, q_weight, q_epsilon,
             q_out_unquantized, *rest, False, gemma_norm,
         )  # fmt: skip
         return
@@ -254,12 +250,80 @@ def _norm(
     """Check everything and launch; ``group`` None is the whole row."""
     if q is None or q_weight is None:
         raise LayoutError(f"{op}: q and q_weight must be given, got None")
+    query = query_of(
+        op, quant, group, codes, scales, q, q_weight, q_eps, q_out, residual_out, residual,
+        transpose_scale,
+    )  # fmt: skip
+    device, num_tokens, k_width = q.device, q.shape[0], 0
+    if k is not None:
+        if k_weight is None or k_out is None:
+            raise LayoutError(f"{op}: k_weight and k_out must be given with k, got None")
+        check_tensor(op, "k", k, shape=(num_tokens, "w"), dtypes=FLOATING, device=device)
+        k_width = k.shape[1]
+        if not k_width:
+            raise LayoutError(f"{op}: k must have at least one column, got {tuple(k.shape)}")
+        check_tensor(op, "k_weight", k_weight, shape=(k_width,), dtypes=FLOATING, device=device)
+        shape = (num_tokens, k_width)
+        check_tensor(op, "k_out", k_out, shape=shape, dtypes=(k.dtype,), device=device)
+    if not num_tokens:
+        return
+    require_kernel(op, arch_of(device))
+    # Imported at the first launch: Triton costs a second and may be absent.
+    from mla_fusions.kernels.norms import norm_rows_kernel
+
+    launch(
+        norm_rows_kernel,
+        (num_tokens, 1 if k is None else 2),
+        *query.args,
+        k,
+        k_weight if k is not None else None,
+        k_out if k is not None else None,
+        float(q_eps if k_eps is None else k_eps),
+        _stride(k),
+        _stride(k_out if k is not None else None),
+        **query.constants,
+        K_WIDTH=k_width,
+        K_BLOCK=power_of_two(k_width or 1),
+        IS_GEMMA=is_gemma,
+        num_warps=max(query.num_warps, _warps_of(k_width)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NormedQuery:
+    """What `mla_fusions.kernels.norms.norm_query` gets: arguments behind the token, constants."""
+
+    args: tuple[object, ...]
+    constants: dict[str, object]
+    num_warps: int
+
+
+def query_of(
+    op: str,
+    quant: int,
+    group: int | None,
+    codes: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    q: torch.Tensor,
+    q_weight: torch.Tensor,
+    eps: float,
+    q_out: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    transpose_scale: bool,
+) -> NormedQuery:
+    """Check a query's norm; ``group`` None is the whole row.
+
+    Raises
+    ------
+    LayoutError
+    """
     device = q.device
-    check_tensor(op, "q", q, shape=("m", "n"), dtypes=_FLOATING, device=device)
+    check_tensor(op, "q", q, shape=("m", "n"), dtypes=FLOATING, device=device)
     num_tokens, width = q.shape
     if not width:
         raise LayoutError(f"{op}: q must have at least one column, got {tuple(q.shape)}")
-    check_tensor(op, "q_weight", q_weight, shape=(width,), dtypes=_FLOATING, device=device)
+    check_tensor(op, "q_weight", q_weight, shape=(width,), dtypes=FLOATING, device=device)
     for name, tensor in (
         ("q_residual", residual),
         ("q_res_out", residual_out),
@@ -268,35 +332,15 @@ def _norm(
         if tensor is not None:
             shape = (num_tokens, width)
             check_tensor(op, name, tensor, shape=shape, dtypes=(q.dtype,), device=device)
-    k_width = 0
-    if k is not None:
-        if k_weight is None or k_out is None:
-            raise LayoutError(f"{op}: k_weight and k_out must be given with k, got None")
-        check_tensor(op, "k", k, shape=(num_tokens, "w"), dtypes=_FLOATING, device=device)
-        k_width = k.shape[1]
-        if not k_width:
-            raise LayoutError(f"{op}: k must have at least one column, got {tuple(k.shape)}")
-        check_tensor(op, "k_weight", k_weight, shape=(k_width,), dtypes=_FLOATING, device=device)
-        shape = (num_tokens, k_width)
-        check_tensor(op, "k_out", k_out, shape=shape, dtypes=(k.dtype,), device=device)
     flavour, bias, scale_strides = "", 7, (0, 0)
     group = group or power_of_two(width)
-    if quant != _NONE:
+    if quant != NONE:
         codes, scales, scale_strides = _check_quantised(
             op, quant, group, codes, scales, q, transpose_scale
         )
-        flavour, bias = _FP8_OF.get(codes.dtype, ("", 7))
+        flavour, bias = FP8_OF.get(codes.dtype, ("", 7))
         codes = codes.view(torch.uint8)
-    if not num_tokens:
-        return
-    require_kernel(op, arch_of(device))
-    # Imported at the first launch: Triton costs a second and may be absent.
-    from mla_fusions.kernels.norms import norm_rows_kernel
-
-    block = max(power_of_two(width), power_of_two(k_width or 1))
-    launch(
-        norm_rows_kernel,
-        (num_tokens, 1 if k is None else 2),
+    args = (
         q,
         q_weight,
         residual,
@@ -304,28 +348,43 @@ def _norm(
         scales if quant else None,
         q_out,
         residual_out,
-        k,
-        k_weight if k is not None else None,
-        k_out if k is not None else None,
-        float(q_eps),
-        float(q_eps if k_eps is None else k_eps),
+        float(eps),
         q.stride(0),
         _stride(residual),
         _stride(codes if quant else None),
         *scale_strides,
         _stride(q_out),
         _stride(residual_out),
-        _stride(k),
-        _stride(k_out if k is not None else None),
-        Q_SHAPE=(width, power_of_two(-(-width // group)), group),
-        K_WIDTH=k_width,
-        K_BLOCK=power_of_two(k_width or 1),
-        QUANT=quant,
-        BIAS=bias,
-        IS_NATIVE=NATIVE_FP8.get(arch_of(device)) == flavour,
-        IS_GEMMA=is_gemma,
-        num_warps=max(1, min(8, block // 512)),
     )
+    constants: dict[str, object] = {
+        "Q_SHAPE": (width, power_of_two(-(-width // group)), group),
+        "QUANT": quant,
+        "BIAS": bias,
+        "IS_NATIVE": NATIVE_FP8.get(arch_of(device)) == flavour,
+    }
+    return NormedQuery(args, constants, _warps_of(width))
+
+
+def quantiser_of(op: str, codes: torch.Tensor, group: int | None) -> int:
+    """Return the kind of quantiser that the dtype of ``codes`` stands for.
+
+    Raises
+    ------
+    LayoutError
+        It has no groups of ``group`` elements.
+    """
+    if codes.dtype in FP4:
+        if group != 32:
+            raise LayoutError(f"{op}: group_size must be 32 for MXFP4, got {group}")
+        return MXFP4
+    if group is not None and (group < 16 or group & (group - 1)):
+        raise LayoutError(f"{op}: group_size must be a power of two from 16 on, got {group}")
+    return FP8
+
+
+def _warps_of(width: int) -> int:
+    """Return the warps of a program that norms a row."""
+    return max(1, min(8, power_of_two(width or 1) // 512))
 
 
 def _check_quantised(
@@ -342,12 +401,12 @@ def _check_quantised(
         raise LayoutError(f"{op}: q_out_quantized and q_out_scale must be given, got None")
     num_tokens, width = q.shape
     num_groups = -(-width // group)
-    if quant == _MXFP4 and width % group:
+    if quant == MXFP4 and width % group:
         raise LayoutError(f"{op}: q must have a multiple of {group} columns, got {width}")
-    shape = (num_tokens, width // 2 if quant == _MXFP4 else width)
-    dtypes = _FP4 if quant == _MXFP4 else tuple(_FP8_OF)
+    shape = (num_tokens, width // 2 if quant == MXFP4 else width)
+    dtypes = FP4 if quant == MXFP4 else tuple(FP8_OF)
     check_tensor(op, "q_out_quantized", codes, shape=shape, dtypes=dtypes, device=q.device)
-    shape, dtypes = (num_tokens, num_groups), _SCALE_BYTES if quant == _MXFP4 else (torch.float32,)
+    shape, dtypes = (num_tokens, num_groups), _SCALE_BYTES if quant == MXFP4 else (torch.float32,)
     if transpose_scale:
         # Whether the tensor is shaped as its memory or as its meaning.
         if scales.shape == shape and scales.stride(0) == 1 and num_tokens > 1:
@@ -365,7 +424,7 @@ def _check_quantised(
     else:
         check_tensor(op, "q_out_scale", scales, shape=shape, dtypes=dtypes, device=q.device)
         strides = (scales.stride(0), scales.stride(1))
-    if quant == _MXFP4:
+    if quant == MXFP4:
         scales = scales.view(torch.uint8)
     return codes, scales, strides
 

@@ -165,8 +165,8 @@ def arrange(turn: Rotation, queries: Queries, keys: Keys) -> Arranged:
     num_q_programs = num_tokens * -(-heads // block_h) if writes_queries else 0
     places = (0, rank) if queries.is_nope_first else (rope_dim, 0)
     zero_width = 0 if zeros is None else zeros.shape[2]
+    pointers, numbers, strides = arguments_of(turn, keys)
     shape = (rank, tile_c, rope_dim, tile_r, *places, zero_width, rows.power_of_two(zero_width))
-    pointers, strides = rows.operands(keys.slots, keys.a, keys.b)
     args = (
         pe if nope is None else nope,
         pe,
@@ -174,21 +174,9 @@ def arrange(turn: Rotation, queries: Queries, keys: Keys) -> Arranged:
         keys.slots if queries.factor is None else queries.factor,
         queries.pe_out,
         zeros,
-        keys.a.rows,
-        keys.a.rows if keys.b is None else keys.b.rows,
-        keys.out,
-        keys.slots,
-        turn.positions,
-        turn.offsets,
-        turn.cos,
-        turn.sin,
         *pointers,
         num_kv_programs,
-        num_keys,
-        keys.slots.shape[0],
-        keys.num_turned,
-        keys.num_slots,
-        turn.cos.shape[0],
+        *numbers,
         0 if queries.pe_out is None else queries.pe_out.shape[0],
         0 if zeros is None else zeros.shape[0],
         turn.cos.stride(0),
@@ -198,7 +186,6 @@ def arrange(turn: Rotation, queries: Queries, keys: Keys) -> Arranged:
         *_strides(out),
         *_strides(queries.pe_out),
         *_strides(zeros),
-        *_strides(keys.out),
         *strides,
     )
     constants: dict[str, object] = {
@@ -215,6 +202,35 @@ def arrange(turn: Rotation, queries: Queries, keys: Keys) -> Arranged:
         "BLOCK_H": block_h,
     }
     return Arranged(num_kv_programs + num_q_programs, num_warps, args, constants)
+
+
+def arguments_of(
+    turn: Rotation, keys: Keys
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return what `mla_fusions.kernels.rope_rows.write_keys` gets, but for constants.
+
+    Pointers, numbers, and strides but those of the tables.
+    """
+    pointers, strides = rows.operands(keys.slots, keys.a, keys.b)
+    numbers = (
+        keys.a.rows.shape[0],
+        keys.slots.shape[0],
+        keys.num_turned,
+        keys.num_slots,
+        turn.cos.shape[0],
+    )
+    tensors = (
+        keys.a.rows,
+        keys.a.rows if keys.b is None else keys.b.rows,
+        keys.out,
+        keys.slots,
+        turn.positions,
+        turn.offsets,
+        turn.cos,
+        turn.sin,
+        *pointers,
+    )
+    return tensors, numbers, (*_strides(keys.out), *strides)
 
 
 def rotation_of(

@@ -2,8 +2,9 @@
 
 The grid has one dimension. The first ``num_kv_programs`` programs take ``BLOCK_T`` tokens of one
 key head each: they rotate part ``b`` of the rows and store both parts as
-`mla_fusions.kernels.write_rows` does, for every layout. Each of the others takes ``BLOCK_H`` query
-heads of one token: it copies the latent part, rotates the rotary one, and puts them side by side.
+`mla_fusions.kernels.write_rows` does, for every layout, and norm them first where another kernel
+asks for it. Each of the others takes ``BLOCK_H`` query heads of one token: it copies the latent
+part, rotates the rotary one, and puts them side by side.
 
 ``x`` becomes ``x * cos + rot(x) * sin`` in fp32, ``rot`` mapping each pair (a, b) to (-b, a);
 launches turn off the fusing of products and sums, so that every chip rounds alike. ``ROPE`` is
@@ -16,6 +17,7 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
+from mla_fusions.kernels._norm import inverse_root, normed, row_sums
 from mla_fusions.kernels._quantise import CAST, quantise
 from mla_fusions.kernels.write_rows import load_rows, store_rows
 
@@ -45,6 +47,11 @@ def load_rotated(
     is_turned,  # [BLOCK_T]: rows of other tokens stay as they are
     SHAPE: tl.constexpr,
     ROPE: tl.constexpr,
+    mean=None,  # as in `normed`, by which rows come before they turn if there is a weight
+    inverse=None,
+    weight_ptr=None,
+    bias_ptr=None,
+    IS_GEMMA: tl.constexpr = False,
 ):
     """Load one part of the rows of some tokens, rotated: fp32 [BLOCK_T, GROUPS, GROUP].
 
@@ -68,6 +75,10 @@ def load_rotated(
     x = tl.load(rows + e, mask=is_token[:, None, None] & (e < SHAPE[0]), other=0).to(tl.float32)
     turns = (is_token & is_turned)[:, None, None] & (j >= 0) & (j < ROPE[0])
     y = tl.load(rows + other, mask=turns, other=0).to(tl.float32)
+    if weight_ptr is not None:
+        x = normed(x, mean, inverse, weight_ptr, bias_ptr, e, e < SHAPE[0], IS_GEMMA)
+        is_pair = (j >= 0) & (j < ROPE[0])
+        y = normed(y, mean, inverse, weight_ptr, bias_ptr, other, is_pair, IS_GEMMA)
     cos = tl.load(cos_ptr + (positions * cos_stride)[:, None, None] + column, mask=turns, other=1)
     sin = tl.load(sin_ptr + (positions * sin_stride)[:, None, None] + column, mask=turns, other=0)
     a, b = x * cos.to(tl.float32), y * sin.to(tl.float32)
@@ -184,8 +195,14 @@ def write_keys(
     B_PLACE: tl.constexpr,
     B_SCALES: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    weight_ptr=None,  # [NORM_WIDTH] floating, or None to store part a as it is
+    a_normed_ptr=None,  # like a, or None; gets part a normed
+    a_normed_stride_t=0,
+    eps=0.0,
+    NORM_WIDTH: tl.constexpr = 0,  # part a is normed, or both parts together
+    IS_GEMMA: tl.constexpr = False,
 ):
-    """Rotate and store the rows of some tokens of one key head."""
+    """Norm part a if asked for, rotate part b, and store the rows of some tokens of one head."""
     head = (program % KEY_HEADS).to(tl.int64)
     tokens = (program // KEY_HEADS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < num_keys
@@ -194,6 +211,20 @@ def write_keys(
     a = load_rows(a_ptr, a_stride_t, a_stride_h, tokens, head, is_token, A_SHAPE)
     is_live = (slots >= 0) & (slots < num_slots)
     page, o = slots // PAGE_SIZE, slots % PAGE_SIZE
+    inverse = None
+    b_weight_ptr = None
+    if weight_ptr is not None:
+        a = a.to(tl.float32)
+        squares = row_sums(a * a)
+        if A_SHAPE[0] < NORM_WIDTH:
+            raw = load_rows(b_ptr, b_stride_t, b_stride_h, tokens, head, is_token, B_SHAPE)
+            raw = raw.to(tl.float32)
+            squares += row_sums(raw * raw)
+            b_weight_ptr = weight_ptr + A_SHAPE[0]
+        inverse = inverse_root(squares, eps, NORM_WIDTH)
+        e = tl.arange(0, A_SHAPE[1])[None, :, None] * A_SHAPE[2]
+        e += tl.arange(0, A_SHAPE[2])[None, None, :]
+        a = normed(a, None, inverse, weight_ptr, None, e, e < A_SHAPE[0], IS_GEMMA)
     if ROPE is not None:
         is_turned = tokens < num_turned
         positions = load_positions(
@@ -214,11 +245,21 @@ def write_keys(
             is_turned,
             B_SHAPE,
             ROPE,
+            None,
+            inverse,
+            b_weight_ptr,
+            None,
+            IS_GEMMA,
         )
+    if IS_IN_PLACE:
+        # All is read before any of it is written over.
+        tl.debug_barrier()
+    if a_normed_ptr is not None:
+        starts = a_normed_ptr + (tokens * a_normed_stride_t)[:, None, None]
+        mask = is_token[:, None, None] & (e < A_SHAPE[0])
+        tl.store(starts + e, a.to(a_normed_ptr.dtype.element_ty), mask=mask)
+    if ROPE is not None:
         if k_out_ptr is not None:
-            if IS_IN_PLACE:
-                # All pairs are read before one is written over.
-                tl.debug_barrier()
             e = tl.arange(0, B_SHAPE[1])[None, :, None] * B_SHAPE[2]
             e += tl.arange(0, B_SHAPE[2])[None, None, :]
             starts = k_out_ptr + (tokens * k_out_stride_t + head * k_out_stride_h)[:, None, None]
