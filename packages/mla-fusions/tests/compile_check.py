@@ -43,6 +43,8 @@ from mla_fusions import (
     fused_qk_rope_concat_and_cache_mla,
     fused_qk_rope_reshape_and_cache,
     fused_qk_rope_write_kv_cache,
+    indexer_k_quant_and_cache,
+    indexer_qk_rope_quant_and_cache,
     reshape_and_cache,
     reshape_and_cache_flash,
     reshape_and_cache_with_block_quant,
@@ -274,6 +276,25 @@ def norm_writes(arch):
             )
 
 
+def indexers():
+    """Yield what the indexer's inputs take: either flavour, page order and kind of scales."""
+    fp8 = torch.float8_e4m3fn, torch.float8_e4m3fnuz
+    for tokens, flavour, words in product((1, 4096), fp8, (("ue8m0", True), ("fp32", False))):
+        q = torch.empty(tokens, 64, 128, dtype=torch.bfloat16)
+        k, weights = torch.empty(tokens, 128, dtype=torch.bfloat16), q[..., 0].contiguous()
+        q_out, folded = torch.empty(q.shape).to(flavour), torch.empty(tokens, 64)
+        cache = torch.empty(64, 64, 132).to(flavour)
+        index, table, norm = torch.arange(tokens), torch.empty(100, 32), torch.empty(128)
+        call = partial(
+            indexer_qk_rope_quant_and_cache,
+            *(q, q_out, weights, folded, k, cache, index, norm, norm, index, table, table),
+            *(1e-6, 128, words[0], 0.1, words[1], words[1]),
+        )
+        yield f"indexer {tokens} {flavour} {words[0]}", call
+        call = partial(indexer_k_quant_and_cache, k, cache, index, 128, *words)
+        yield f"indexer keys {tokens} {flavour} {words[0]}", call
+
+
 def layers(arch):
     """Yield what a layer of 16 heads launches before and after attention, joined and apart.
 
@@ -323,7 +344,7 @@ def large():
 
 def check(arch):
     """Compile and print."""
-    every = (calls(), products(arch), norms(arch), norm_writes(arch), absorbed(arch))
+    every = (calls(), products(arch), norms(arch), norm_writes(arch), indexers(), absorbed(arch))
     for name, call in chain(*every, layers(arch)):
         with recorded(arch, KERNELS) as launches:
             call()

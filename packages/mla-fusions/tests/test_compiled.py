@@ -31,6 +31,8 @@ NUM_ABSORBED = 5 * 3
 NUM_NORMS = 4
 #: Norms with RoPE and a write: nine layouts at two numbers of tokens.
 NUM_NORM_WRITES = 9 * 2
+#: The indexer's inputs and its keys alone: two numbers of tokens, flavours and kinds of pages.
+NUM_INDEXERS = 2 * 2 * 2 * 2
 #: Norms, W_UK with rotation, and W_UV at two numbers of tokens; one launch more for many tokens;
 #: norms, and W_UK with rotation, of three layouts.
 NUM_LAYERS = 3 * 2 + 4 + 2 * 3
@@ -52,7 +54,7 @@ def test_every_kernel_compiles_within_limits(arch):
     assert done.returncode == 0, done.stderr[-3000:]
     *results, repeated = map(json.loads, done.stdout.splitlines())
     num_products = NUM_PRODUCTS + NUM_ABSORBED
-    num_norms = NUM_NORMS + NUM_NORM_WRITES
+    num_norms = NUM_NORMS + NUM_NORM_WRITES + NUM_INDEXERS
     assert len(results) == 26 + 8 + 7 + NUM_ROTATIONS + num_products + num_norms + NUM_LAYERS
     for result in results:
         print(result["case"], result["resources"])

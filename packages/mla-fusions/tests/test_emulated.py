@@ -34,6 +34,7 @@ KERNELS = (
     "mla_fusions.kernels.rope_rows:rope_rows_kernel",
     "mla_fusions.kernels.norms:norm_rows_kernel",
     "mla_fusions.kernels.norm_rope_rows:norm_rope_rows_kernel",
+    "mla_fusions.kernels.indexer_rows:indexer_rows_kernel",
     "mla_fusions.kernels.absorbed_rope:absorbed_rope_kernel",
 )
 CASES = tuple(
@@ -298,3 +299,43 @@ def test_norms_with_rope_and_write(arch, layout, seed):
     wanted.write(first[:, 192 : 192 + rank], first[:, 192 + rank :], slots)
     for got, want in zip(cache.buffers, wanted.buffers, strict=True):
         assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+@pytest.mark.parametrize("is_tiled", [False, True], ids=["plain", "tiled"])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_inputs_of_the_indexer(arch, is_tiled, seed):
+    """What the interpreter writes; bit for bit where there is no norm."""
+    q, k = torch.randn(3, 5, 128).bfloat16(), torch.randn(3, 128).bfloat16() * 3
+    weights = torch.randn(3, 5).bfloat16()
+    norms = ((None, None), (torch.randn(128), torch.randn(128)))
+    slots, positions = torch.tensor([17, -1, 2]), torch.tensor([8, 1, 3])
+    fp8 = torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn
+    table, held = torch.randn(9, 64), []
+    for where in (None, arch):
+        outputs = []
+        with nullcontext([]) if where is None else emulated_triton(where, *KERNELS) as results:
+            for norm in norms:
+                q_out, folded = torch.zeros(3, 5, 128).to(fp8), torch.zeros(3, 5)
+                cache = torch.zeros(2, 16, 132).to(fp8)
+                mla_fusions.indexer_qk_rope_quant_and_cache(
+                    *(q, q_out, weights, folded, k, cache, slots, *norm, positions),
+                    *(table[:, :32], table[:, 32:], 1e-6, 128, "ue8m0", 0.3, is_tiled, is_tiled),
+                )
+                outputs.append((q_out, folded, cache))
+            alone = torch.zeros(2, 16, 132).to(fp8)
+            mla_fusions.indexer_k_quant_and_cache(k, alone, slots, 128, "ue8m0", is_tiled)
+            outputs[0] = (*outputs[0], alone)
+        assert where is None or sum(result.instructions for result in results) > 0
+        held.append(outputs)
+    (exact_here, here), (exact_there, there) = held
+    for interpreted, emulated in zip(
+        (*exact_here, *here[:2]), (*exact_there, *there[:2]), strict=True
+    ):
+        assert torch.equal(interpreted.view(torch.uint8), emulated.view(torch.uint8))
+    # Keys that are normed: the order of the sums is the compiler's, so a code may be the next one.
+    layout = ("indexer_shuffled" if is_tiled else "indexer") + ("_fnuz" if arch == "gfx942" else "")
+    keys = [
+        LatentCache.bind(layout, MLADims(1, 128, 0), 16, cache).read(torch.tensor([17, 2]))[0]
+        for *_, cache in (here, there)
+    ]
+    assert_close(keys[1], keys[0], what="keys", dtype="fp8_e4m3")

@@ -26,6 +26,10 @@ from mla_fusions.head_writers import (
     reshape_and_cache_with_block_quant_for_asm_pa,
     reshape_and_cache_with_pertoken_quant,
 )
+from mla_fusions.indexer_writers import (
+    indexer_k_quant_and_cache,
+    indexer_qk_rope_quant_and_cache,
+)
 from mla_fusions.latent_writers import (
     cat_and_cache_mla,
     concat_and_cache_mla,
@@ -74,6 +78,8 @@ __all__ = [
     "fused_qk_rope_cosine_cache_llama",
     "fused_qk_rope_reshape_and_cache",
     "fused_qk_rope_write_kv_cache",
+    "indexer_k_quant_and_cache",
+    "indexer_qk_rope_quant_and_cache",
     "reshape_and_cache",
     "reshape_and_cache_flash",
     "reshape_and_cache_with_block_quant",

@@ -215,7 +215,8 @@ def _launch(
     num_programs = num_kv_programs + (0 if query is None else num_tokens)
     if not num_programs:
         return
-    arguments, constants = (None,) * 7 + (0.0,) + (0,) * 7, _NO_QUERY
+    arguments: tuple[object, ...] = (None,) * 7 + (0.0,) + (0,) * 7
+    constants = _NO_QUERY
     if query is not None:
         arguments, constants = query.args, query.constants
         num_warps = max(num_warps, query.num_warps)

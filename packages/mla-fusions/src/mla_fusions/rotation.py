@@ -15,7 +15,7 @@ from mla_core.layouts.codecs import Cast, PerTensor
 from mla_fusions import rows
 from mla_fusions.latent_writers import ROWS, SLOTS, as_scale
 
-_FP8_OF = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e4m3fnuz: "fp8_e4m3fnuz"}
+FP8_OF = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e4m3fnuz: "fp8_e4m3fnuz"}
 #: Elements of a tile of queries at most, and programs to have before tiles grow.
 _TILE_ELEMENTS = 4096
 _MIN_PROGRAMS = 1024
@@ -337,12 +337,12 @@ def _query_codec(
     arch = arch_of(out.device)
     if out.dtype in ROWS:
         return out, rows.codec_of("q_out", Cast("bf16"), out.shape[-1], arch)
-    if out.dtype != torch.uint8 and out.dtype not in _FP8_OF:
+    if out.dtype != torch.uint8 and out.dtype not in FP8_OF:
         raise LayoutError(
             f"{op}: q_out must be bfloat16, float16, float32, float8_e4m3fn, float8_e4m3fnuz or "
             f"uint8, got {out.dtype}"
         )
-    stored = PerTensor(_FP8_OF.get(out.dtype, fp8_of_arch(arch)))
+    stored = PerTensor(FP8_OF.get(out.dtype, fp8_of_arch(arch)))
     codec = rows.codec_of("q_out", stored, out.shape[-1], arch)
     return out.view(torch.uint8), codec if factor is not None else rows.without_factor(codec)
 

@@ -26,7 +26,7 @@ NATIVE_FP8 = {
 }
 _BIAS = {"fp8_e4m3": 7, "fp8_e4m3fnuz": 8}
 #: Kinds of codecs, as in `mla_fusions.kernels._quantise`.
-_CAST, _PER_TENSOR, _GROUP_FP32, _GROUP_E8M0, _NVFP4, _FP8 = range(6)
+_CAST, _PER_TENSOR, _GROUP_FP32, _GROUP_E8M0, _NVFP4, _FP8, _GROUP_POWER = range(7)
 #: Elements of a part that one tile holds at most, and programs to have before tiles grow.
 _TILE_ELEMENTS = 4096
 _MIN_PROGRAMS = 512
@@ -192,6 +192,13 @@ def without_factor(codec: Numbers) -> Numbers:
     """Return a codec that stores as if its factor were 1."""
     kind, *rest = codec
     return (_FP8, *rest) if kind == _PER_TENSOR else codec
+
+
+def with_powers_of_two(codec: Numbers) -> Numbers:
+    """Return a codec of groups whose fp32 scales are rounded up to powers of two."""
+    kind, *rest = codec
+    assert kind == _GROUP_FP32
+    return (_GROUP_POWER, *rest)
 
 
 def place_of(layout: str, field: Field) -> Numbers:

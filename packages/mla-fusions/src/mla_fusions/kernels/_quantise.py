@@ -20,6 +20,8 @@ GROUP_E8M0 = tl.constexpr(3)
 NVFP4 = tl.constexpr(4)
 #: fp8 without any scale.
 FP8 = tl.constexpr(5)
+#: As GROUP_FP32, with scales that are powers of two.
+GROUP_POWER = tl.constexpr(6)
 #: Smallest normal fp32 number, the floor of a scale.
 TINY = tl.constexpr(2.0**-126)
 #: Floor of an E8M0 scale before it is rounded up to a power of two.
@@ -96,6 +98,14 @@ def fp32_scales(x, BIAS: tl.constexpr, MIN_AMAX: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(x):
+    """Return the smallest powers of two that are not below positive normal fp32; NaN stays."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFFFF) & 0x7F800000
+    return tl.where(bits > 0x7F800000, x, rounded.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def e8m0_scales(x, BIAS: tl.constexpr):
     """Return the byte of each group's power of two, and its reciprocal in fp32."""
     LIMIT: tl.constexpr = 448.0 if BIAS == 7 else 240.0
@@ -138,6 +148,9 @@ def quantise(x, factor_ptr, CODEC: tl.constexpr):
     elif KIND == PER_TENSOR:
         codes = fp8_codes(tl.div_rn(x, tl.load(factor_ptr)), BIAS, IS_NATIVE)
         scales = codes
+    elif KIND == GROUP_POWER:
+        scales = power_of_two(fp32_scales(x, BIAS, CODEC[3]))
+        codes = fp8_codes(tl.div_rn(x, scales[:, :, None]), BIAS, IS_NATIVE)
     elif KIND == GROUP_FP32:
         scales = fp32_scales(x, BIAS, CODEC[3])
         codes = fp8_codes(tl.div_rn(x, scales[:, :, None]), BIAS, IS_NATIVE)
