@@ -331,6 +331,7 @@ def _fused(
         dtype=x.dtype,
         q_out=q_out if transpose_bm else q_out.transpose(0, 1),
         q_scale=y_scale,
+        names=("k_rope", "positions"),
     )
     by_head = q_out.transpose(0, 1) if transpose_bm else q_out
     join(product, by_head[..., :n], turn, queries, keys, config)

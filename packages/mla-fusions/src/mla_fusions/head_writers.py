@@ -332,19 +332,20 @@ def check_rows(
     key_cache: torch.Tensor,
     slots: torch.Tensor,
     page_dim: int = 3,
+    names: tuple[str, str] = ("key", "value"),
 ) -> int:
     """Check what all writers take alike; return the page size."""
     device, dtypes = key.device, (key.dtype,)
-    check_tensor(op, "key", key, shape=("T", "h", "d"), dtypes=ROWS, device=device)
+    check_tensor(op, names[0], key, shape=("T", "h", "d"), dtypes=ROWS, device=device)
     shape = (key.shape[0], key.shape[1], "dv")
-    check_tensor(op, "value", value, shape=shape, dtypes=dtypes, device=device)
+    check_tensor(op, names[1], value, shape=shape, dtypes=dtypes, device=device)
     check_tensor(op, "slot_mapping", slots, shape=("T",), dtypes=SLOTS, device=device)
     if slots.shape[0] > key.shape[0]:
         raise LayoutError(
             f"{op}: slot_mapping must have at most as many slots as there are tokens, "
             f"{key.shape[0]}, got {slots.shape[0]}"
         )
-    for name, tensor in (("key", key), ("value", value)):
+    for name, tensor in zip(names, (key, value), strict=True):
         if not 1 <= tensor.shape[2] <= _MAX_WIDTH:
             raise LayoutError(
                 f"{op}: {name} must have a head dim in 1..{_MAX_WIDTH}, got {tensor.shape[2]}"

@@ -21,7 +21,7 @@ from mla_core.launch import launch
 from mla_core.layouts import Layout, arrange, get
 from mla_core.layouts.codecs import Cast, GroupScaled
 from mla_fusions import rows
-from mla_fusions.latent_writers import ROWS, SLOTS, fp8_suffix
+from mla_fusions.latent_writers import ROWS, SLOTS, check_dense, fp8_suffix
 from mla_fusions.rotation import FP8_OF, rotation_of, schedule
 
 #: Floor of a group's largest magnitude.
@@ -290,6 +290,7 @@ def _bound(
     shape = ("num_blocks", "block_size", width + 4 * (width // group))
     dtypes = (kv_cache.dtype,)
     check_tensor(op, "kv_cache", kv_cache, shape=shape, dtypes=dtypes, device=k.device)
+    check_dense(op, kv_cache)
     page_size = kv_cache.shape[1]
     if not page_size or page_size % (16 if is_tiled else 1):
         raise LayoutError(

@@ -280,6 +280,20 @@ def fp8_suffix(op: str, name: str, cache: torch.Tensor) -> str:
     return suffix
 
 
+def check_dense(op: str, kv_cache: torch.Tensor) -> None:
+    """Check that tokens [num_blocks, block_size, row] of a block stand one behind the other.
+
+    Raises
+    ------
+    LayoutError
+    """
+    if kv_cache.shape[1] > 1 and kv_cache.stride(1) != kv_cache.shape[2]:
+        raise LayoutError(
+            f"{op}: kv_cache must be dense inside a block, got strides {kv_cache.stride()} for "
+            f"shape {tuple(kv_cache.shape)}"
+        )
+
+
 def keys_layout(
     op: str, kv_cache: torch.Tensor, dims: MLADims, *, is_shuffled: bool
 ) -> tuple[Layout, int]:
@@ -323,6 +337,8 @@ def _write(
             f"{op}: slot_mapping must have at most as many slots as there are rows, "
             f"{kv_c.shape[0]}, got {num_tokens}"
         )
+    if kv_cache.ndim == 3:
+        check_dense(op, kv_cache)
     factor = as_scale(op, "scale", scale, device) if layout.needs_scale else None
     cache = LatentCache.bind(layout, dims, page_size, kv_cache, scale=factor)
     write_kv_cache(kv_c[:num_tokens], k_pe[:num_tokens], cache, slots)

@@ -88,7 +88,8 @@ class MLAPrologue:
         activations are quantised for each token and 128 elements; "mxfp4" needs bf16, which the
         activations stay in, and ``qk_nope_head_dim`` a multiple of 32.
     max_joined_tokens : int
-        Calls with more tokens multiply in one launch and rotate and write in another; see `MLAPrologue.joins`.
+        Calls with more tokens multiply in one launch and rotate and write in another; see
+        `MLAPrologue.joins`.
 
     Raises
     ------

@@ -209,7 +209,9 @@ def _rotate_heads(
 ) -> torch.Tensor:
     """Check, launch, and return the queries; keys and values lie in pages by head."""
     device = q.device
-    page_size = head_writers.check_rows(op, k, v, caches[0], slots, page_dim=1 if is_flash else 3)
+    page_size = head_writers.check_rows(
+        op, k, v, caches[0], slots, page_dim=1 if is_flash else 3, names=("k", "v")
+    )
     key_heads, width = k.shape[1], k.shape[2]
     check_tensor(op, "q", q, shape=("T", "h", width), dtypes=ROWS, device=device)
     num_tokens, heads, _ = q.shape
@@ -229,6 +231,7 @@ def _rotate_heads(
         is_neox=is_neox,
         rotary_dim=rotary_dim,
         dim_offset=dim_offset,
+        positions_name="pos",
     )
     if q_out is None:
         q_out = torch.empty(q.shape, dtype=q.dtype, device=device)

@@ -451,6 +451,7 @@ def cat_and_cache(
     offs: torch.Tensor | None = None,
     rotary_dim: int | None = None,
     dim_offset: int = 0,
+    names: tuple[str, str] = ("k_pe", "pos"),
 ) -> tuple[
     Rotation,
     Queries,
@@ -460,7 +461,7 @@ def cat_and_cache(
     """Check everything but ``q_nope`` and ``q_pe``; return what to launch, and what to return.
 
     ``q_nope`` is None where something else writes the latent part of queries; ``dtype`` is that of
-    queries.
+    queries, and ``names`` are those of ``k_pe`` and ``pos``.
     """
     device = q_pe.device
     num_tokens, heads, width = q_pe.shape
@@ -469,7 +470,7 @@ def cat_and_cache(
     check_tensor(op, "k_nope", k_nope, shape=shape, dtypes=ROWS, device=device)
     num_keys, key_heads, rank = k_nope.shape
     shape = (num_keys, key_heads, width)
-    check_tensor(op, "k_pe", k_pe, shape=shape, dtypes=(k_nope.dtype,), device=device)
+    check_tensor(op, names[0], k_pe, shape=shape, dtypes=(k_nope.dtype,), device=device)
     if num_keys < num_tokens or not key_heads:
         raise LayoutError(
             f"{op}: k_nope must have a head or more and at least {num_tokens} tokens, as q_nope "
@@ -491,6 +492,7 @@ def cat_and_cache(
         is_neox=is_neox,
         rotary_dim=rotary_dim,
         dim_offset=dim_offset,
+        positions_name=names[1],
     )
     if q_out is None:
         q_out = q_pe.new_empty(num_tokens, heads, rank + width, dtype=q_out_dtype or dtype)

@@ -246,6 +246,7 @@ def rotation_of(
     rotary_dim: int | None,
     dim_offset: int,
     names: tuple[str, str] = ("cos", "sin"),
+    positions_name: str = "positions",
 ) -> Rotation:
     """Check how rows of ``width`` elements turn.
 
@@ -278,7 +279,7 @@ def rotation_of(
         raise LayoutError(
             f"{op}: {names[1]} must be {tuple(cos.shape)} like {names[0]}, got {tuple(sin.shape)}"
         )
-    for name, tensor in (("positions", positions), ("offs", offsets)):
+    for name, tensor in ((positions_name, positions), ("offs", offsets)):
         if tensor is None:
             continue
         check_tensor(op, name, tensor, shape=("T",), dtypes=SLOTS, device=device)
