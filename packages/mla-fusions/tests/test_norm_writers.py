@@ -13,7 +13,7 @@ import torch
 
 import mla_fusions
 from mla_core import LatentCache, LayoutError, MLADims, layouts
-from mla_core.reference import quant
+from mla_core.reference import quant, rope_quant
 from mla_core.reference.norm import rms_norm
 from mla_core.reference.rope import rope
 from mla_core.testing.assertions import assert_close
@@ -298,6 +298,34 @@ def test_a_cache_without_pages_and_outputs_all_the_same(seed):
     assert_close(kv_out, rms_norm(kv_c, weight, 1e-6)[0], what="kv_c")
 
 
+@pytest.mark.parametrize("is_neox", [False, True], ids=["gptj", "neox"])
+@pytest.mark.parametrize(("dtype", "buffer_dtype"), [(BF16, OCP), (FP32, torch.uint8)], ids=str)
+def test_rows_of_deepseek_v4(dtype, buffer_dtype, is_neox, seed):
+    (kv,) = projected(512, dtype=dtype)
+    weight, (cos, sin) = drawn(512, dtype=dtype), tables(32)
+    nope, pe = poisoned(3, 4, 512, dtype=buffer_dtype), poisoned(3, 4, 64, dtype=BF16)
+    nope, pe = nope.contiguous(), pe.contiguous()
+    before = nope.view(torch.uint8).flatten(0, 1).clone().cpu()
+    slots, positions = index([3, -1, 11, 0, 12]), index(range(5))
+    mla_fusions.fused_kv_norm_rope_group_quant(
+        kv[:, None], weight, positions, slots, cos, sin, EPS, nope, pe, is_neox
+    )
+    host = (each.cpu() for each in (kv, weight, positions, cos, sin))
+    stored, scales, tails = rope_quant.norm_rope_group_quant(*host, eps=EPS, is_neox=is_neox)
+    got, tail = nope.view(torch.uint8).flatten(0, 1).cpu(), pe.flatten(0, 1).cpu()
+    for token, slot in ((0, 3), (2, 11), (3, 0)):
+        bytes_ = quant.e8m0_encode(scales[token])
+        assert got[slot, 448:462].tolist() == bytes_.repeat_interleave(2).tolist()
+        numbers = quant.dequantize_groups(got[slot, :448].view(OCP)[None], scales[token][None])
+        wanted = quant.dequantize_groups(stored[token][None], scales[token][None])
+        assert_close(numbers, wanted, what=f"token {token}", dtype="fp8_e4m3")
+        assert_close(tail[slot], tails[token], what=f"tail of token {token}")
+        got[slot, :462] = before[slot, :462]
+        tail[slot] = float("nan")
+    assert torch.equal(got, before)
+    assert tail.isnan().all()
+
+
 def test_rows_that_are_not_finite_stay_apart(seed):
     """Rows of skipped tokens too, which are NaN for padding."""
     kv_c, k_pe = projected(64, 16)
@@ -396,6 +424,34 @@ CODES = {"q_out_quantized": torch.zeros(4, 96, dtype=OCP), "q_out_scale": torch.
 def test_bad_input_is_refused(change, message):
     with pytest.raises(LayoutError, match=message):
         write(**(good() | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv": torch.zeros(4, 576)}, r"kv must be \[T, 512\]"),
+        ({"kv_weight": torch.zeros(448)}, r"kv_weight must be \[512\]"),
+        ({"slot_mapping": torch.arange(3)}, r"slot_mapping must be \[4\]"),
+        ({"k_nope_scale_buff": torch.zeros(2, 8, 512)}, "must be float8_e4m3fn or uint8"),
+        ({"k_rope_buff": torch.zeros(2, 8, 32).to(BF16)}, r"k_rope_buff must be \[2, 8, 64\]"),
+        ({"quant_group_size": 128}, "must be 64 and 'e8m0', got 128 and 'e8m0'"),
+        ({"scale_dtype": "fp32"}, "must be 64 and 'e8m0', got 64 and 'fp32'"),
+    ],
+)
+def test_bad_rows_of_deepseek_v4_are_refused(change, message):
+    given = {
+        "kv": torch.zeros(4, 512),
+        "kv_weight": torch.zeros(512),
+        "positions": torch.arange(4),
+        "slot_mapping": torch.arange(4),
+        "cos": torch.zeros(9, 32),
+        "sin": torch.zeros(9, 32),
+        "eps": EPS,
+        "k_nope_scale_buff": torch.zeros(2, 8, 512).to(OCP),
+        "k_rope_buff": torch.zeros(2, 8, 64).to(BF16),
+    }
+    with pytest.raises(LayoutError, match=message):
+        mla_fusions.fused_kv_norm_rope_group_quant(**(given | change))
 
 
 @pytest.mark.gpu

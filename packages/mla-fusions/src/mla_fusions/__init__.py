@@ -36,7 +36,10 @@ from mla_fusions.latent_writers import (
     concat_and_cache_mla_seg,
 )
 from mla_fusions.layer import MLAEpilogue, MLAPrologue
-from mla_fusions.norm_writers import fused_kv_norm_rope_write_kv_cache
+from mla_fusions.norm_writers import (
+    fused_kv_norm_rope_group_quant,
+    fused_kv_norm_rope_write_kv_cache,
+)
 from mla_fusions.norms import (
     fused_qk_rmsnorm,
     fused_qk_rmsnorm_group_quant,
@@ -68,6 +71,7 @@ __all__ = [
     "fused_bf16_bmm_rope_cat_and_cache_mla",
     "fused_fp4_bmm_rope_cat_and_cache_mla",
     "fused_fp8_bmm_rope_cat_and_cache_mla",
+    "fused_kv_norm_rope_group_quant",
     "fused_kv_norm_rope_write_kv_cache",
     "fused_nvfp4_bmm_rope_cat_and_cache_mla",
     "fused_qk_rmsnorm",

@@ -9,6 +9,7 @@ import torch
 from mla_core.arch import arch_of
 from mla_core.cache import LatentCache
 from mla_core.checks import check_tensor
+from mla_core.dims import MLADims
 from mla_core.errors import LayoutError
 from mla_core.launch import launch
 from mla_fusions import norms, rows
@@ -152,6 +153,95 @@ def fused_kv_norm_rope_write_kv_cache(
     turned = None if k_pe_out is None or b is None else k_pe_out[:, None]
     keys = Keys(spec, a, b, slots, cache.num_slots, 1, num_tokens, turned)
     _launch(op, keys, turn, kv_weight, kv_epsilon, kv_out, query, gemma_norm)
+
+
+def fused_kv_norm_rope_group_quant(
+    kv: torch.Tensor,
+    kv_weight: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    k_nope_scale_buff: torch.Tensor,
+    k_rope_buff: torch.Tensor,
+    is_neox: bool = False,
+    quant_group_size: int = 64,
+    scale_dtype: str = "e8m0",
+) -> None:
+    """Norm DeepSeek-V4's rows, rotate their tails, and write them to a cache of two buffers.
+
+    Call-compatible with the op of the same name in ROCm/aiter.
+
+    Parameters
+    ----------
+    kv : [T, 512] or [T, 1, 512], bf16, fp16 or fp32, last dim contiguous
+        448 numbers that are quantised and 64 that turn.
+    kv_weight : [512], bf16, fp16 or fp32
+    positions : [>= T], int64 or int32
+        Clamped into the tables.
+    slot_mapping : [T], int64 or int32
+        ``block * block_size + offset``, distinct; one outside the cache skips its token.
+    cos, sin : [max_position, 32 or 64], bf16, fp16 or fp32
+        May also be [max_position, 1, 1, columns].
+    eps : float
+        Added to the mean of the squares.
+    k_nope_scale_buff : [num_blocks, block_size, 512], float8_e4m3fn or uint8
+        Gets 448 numbers and 7 scales, each twice; the other 50 bytes stay. Core's layout ``v4_nm``,
+        dense inside a block.
+    k_rope_buff : [num_blocks, block_size, 64], bf16
+    is_neox : bool
+        As in `fused_qk_rope_write_kv_cache`.
+    quant_group_size : int
+        64.
+    scale_dtype : str
+        ``"e8m0"``.
+
+    Raises
+    ------
+    LayoutError, BackendUnavailableError, UnsupportedProblemError
+
+    Notes
+    -----
+    One launch of `fused_kv_norm_rope_write_kv_cache`. Differences from aiter: rounds once, from
+    fp32; 64-bit offsets; wrong shapes raise.
+    """
+    op = "fused_kv_norm_rope_group_quant"
+    if quant_group_size != 64 or scale_dtype != "e8m0":
+        raise LayoutError(
+            f"{op}: quant_group_size and scale_dtype must be 64 and 'e8m0', got {quant_group_size} "
+            f"and {scale_dtype!r}"
+        )
+    device, dims = kv.device, MLADims(1, 448, 64, 448, 512, value_includes_rope=True)
+    if kv.ndim == 3 and kv.shape[1] == 1:
+        kv = kv[:, 0]
+    shape: tuple[int | str, ...] = ("T", dims.latent_dim)
+    check_tensor(op, "kv", kv, shape=shape, dtypes=ROWS, device=device)
+    shape = (dims.latent_dim,)
+    check_tensor(op, "kv_weight", kv_weight, shape=shape, dtypes=ROWS, device=device)
+    shape = (kv.shape[0],)
+    check_tensor(op, "slot_mapping", slot_mapping, shape=shape, dtypes=SLOTS, device=device)
+    shape, dtypes = ("num_blocks", "block_size", 512), (torch.float8_e4m3fn, torch.uint8)
+    check_tensor(
+        op, "k_nope_scale_buff", k_nope_scale_buff, shape=shape, dtypes=dtypes, device=device
+    )
+    shape = (*k_nope_scale_buff.shape[:2], 64)
+    dtypes = (torch.bfloat16,)
+    check_tensor(op, "k_rope_buff", k_rope_buff, shape=shape, dtypes=dtypes, device=device)
+    pages = k_nope_scale_buff.view(torch.uint8), k_rope_buff
+    cache = LatentCache.bind("v4_nm", dims, k_rope_buff.shape[1], *pages)
+    fused_kv_norm_rope_write_kv_cache(
+        kv,
+        None,
+        kv_weight,
+        cache,
+        slot_mapping,
+        positions,
+        cos,
+        sin,
+        is_neox=is_neox,
+        kv_epsilon=eps,
+    )
 
 
 def _query_of(
