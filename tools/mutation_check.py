@@ -41,6 +41,9 @@ QUANTISE = "mla_fusions/kernels/_quantise.py"
 WRITE_ROWS = "mla_fusions/kernels/write_rows.py"
 WRITE_BLOCKS = "mla_fusions/kernels/write_blocks.py"
 ROPE_ROWS = "mla_fusions/kernels/rope_rows.py"
+NORM = "mla_fusions/kernels/_norm.py"
+NORMS = "mla_fusions/kernels/norms.py"
+INDEXER_ROWS = "mla_fusions/kernels/indexer_rows.py"
 
 MUTANTS: tuple[Mutant, ...] = (
     # The truth: masks, sign, logarithm, sink.
@@ -230,6 +233,40 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(ROPE_ROWS, "(r < ROPE[1])", "(r <= ROPE[1])", "test_rope_writers", "mla-fusions"),
     Mutant(ROPE_ROWS, "if SKIPS_QUERIES:", "if False:", "test_rope_writers", "mla-fusions"),
+    # Norms, alone and in front of what turns and is written.
+    Mutant(NORMS, "x += old.to(tl.float32)", "x += 0.0", "test_norms", "mla-fusions"),
+    Mutant(
+        NORM,
+        "sqrt_rn(squares / WIDTH + eps)",
+        "sqrt_rn(squares / WIDTH)",
+        "test_norm_writers",
+        "mla-fusions",
+    ),
+    Mutant(NORM, "weight += 1.0", "weight += 0.0", "test_norm_writers", "mla-fusions"),
+    Mutant(NORM, "x = x - mean[:, None, None]", "x = x", "test_indexer_writers", "mla-fusions"),
+    Mutant(
+        ROPE_ROWS,
+        "squares += row_sums(raw * raw)",
+        "squares += 0.0",
+        "test_norm_writers",
+        "mla-fusions",
+    ),
+    Mutant(
+        ROPE_ROWS,
+        "weight_ptr + A_SHAPE[0]",
+        "weight_ptr",
+        "test_norm_writers",
+        "mla-fusions",
+    ),
+    Mutant(ROPE_ROWS, "other, is_pair", "e, is_pair", "test_norm_writers", "mla-fusions"),
+    Mutant(INDEXER_ROWS, "(centred * centred)", "(k * k)", "test_indexer_writers", "mla-fusions"),
+    Mutant(INDEXER_ROWS, "* weights_scale", "* 1.0", "test_indexer_writers", "mla-fusions"),
+    Mutant(
+        QUANTISE, "(bits + 0x7FFFFF)", "(bits + 0x800000)", "test_indexer_writers", "mla-fusions"
+    ),
+    Mutant(
+        "mla_fusions/rows.py", "(_GROUP_POWER,", "(kind,", "test_indexer_writers", "mla-fusions"
+    ),
 )
 
 

@@ -16,6 +16,7 @@ from mla_fusions import norms, rows
 from mla_fusions.latent_writers import ROWS, SLOTS
 from mla_fusions.rotation import Keys, Rotation, arguments_of, rotation_of
 
+_V4_BYTES = (torch.float8_e4m3fn, torch.uint8)
 #: Constants of a launch without a query.
 _NO_QUERY: dict[str, object] = {"Q_SHAPE": None, "QUANT": norms.NONE, "BIAS": 7, "IS_NATIVE": False}
 
@@ -221,13 +222,11 @@ def fused_kv_norm_rope_group_quant(
     check_tensor(op, "kv_weight", kv_weight, shape=shape, dtypes=ROWS, device=device)
     shape = (kv.shape[0],)
     check_tensor(op, "slot_mapping", slot_mapping, shape=shape, dtypes=SLOTS, device=device)
-    shape, dtypes = ("num_blocks", "block_size", 512), (torch.float8_e4m3fn, torch.uint8)
-    check_tensor(
-        op, "k_nope_scale_buff", k_nope_scale_buff, shape=shape, dtypes=dtypes, device=device
-    )
-    shape = (*k_nope_scale_buff.shape[:2], 64)
-    dtypes = (torch.bfloat16,)
-    check_tensor(op, "k_rope_buff", k_rope_buff, shape=shape, dtypes=dtypes, device=device)
+    for name, tensor, shape, dtypes in (
+        ("k_nope_scale_buff", k_nope_scale_buff, ("num_blocks", "block_size", 512), _V4_BYTES),
+        ("k_rope_buff", k_rope_buff, (*k_nope_scale_buff.shape[:2], 64), (torch.bfloat16,)),
+    ):
+        check_tensor(op, name, tensor, shape=shape, dtypes=dtypes, device=device)
     pages = k_nope_scale_buff.view(torch.uint8), k_rope_buff
     cache = LatentCache.bind("v4_nm", dims, k_rope_buff.shape[1], *pages)
     fused_kv_norm_rope_write_kv_cache(
