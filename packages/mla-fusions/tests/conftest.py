@@ -353,6 +353,18 @@ def _(it):
     return args, *outs, *cache.buffers
 
 
+@example_of("fused_kv_norm_rope_group_quant")
+def _(it):
+    pages, tails = (
+        it.empty(NUM_PAGES, PAGE_SIZE, width, dtype=dtype)
+        for width, dtype in ((512, torch.uint8), (64, BF16))
+    )
+    args = {"kv": it.rows(it.num_tokens, 512), "kv_weight": it.rows(512), "eps": 1e-6}
+    args |= {"positions": it.turning[0], "slot_mapping": it.slots, "k_rope_buff": tails}
+    args |= {name: it.rows(NUM_POSITIONS, 32, dtype=torch.float32) for name in ("cos", "sin")}
+    return args | {"k_nope_scale_buff": pages}, pages, tails
+
+
 @example_of("indexer_k_quant_and_cache")
 def _(it):
     cache = it.empty(NUM_PAGES, PAGE_SIZE, C + 4, dtype=torch.uint8)

@@ -280,7 +280,7 @@ def fp8_suffix(op: str, name: str, cache: torch.Tensor) -> str:
     return suffix
 
 
-def check_dense(op: str, kv_cache: torch.Tensor) -> None:
+def check_dense(op: str, kv_cache: torch.Tensor, name: str = "kv_cache") -> None:
     """Check that tokens [num_blocks, block_size, row] of a block stand one behind the other.
 
     Raises
@@ -289,7 +289,7 @@ def check_dense(op: str, kv_cache: torch.Tensor) -> None:
     """
     if kv_cache.shape[1] > 1 and kv_cache.stride(1) != kv_cache.shape[2]:
         raise LayoutError(
-            f"{op}: kv_cache must be dense inside a block, got strides {kv_cache.stride()} for "
+            f"{op}: {name} must be dense inside a block, got strides {kv_cache.stride()} for "
             f"shape {tuple(kv_cache.shape)}"
         )
 

@@ -13,7 +13,7 @@ from mla_core.dims import MLADims
 from mla_core.errors import LayoutError
 from mla_core.launch import launch
 from mla_fusions import norms, rows
-from mla_fusions.latent_writers import ROWS, SLOTS
+from mla_fusions.latent_writers import ROWS, SLOTS, check_dense
 from mla_fusions.rotation import Keys, Rotation, arguments_of, rotation_of
 
 _V4_BYTES = (torch.float8_e4m3fn, torch.uint8)
@@ -191,6 +191,7 @@ def fused_kv_norm_rope_group_quant(
         Gets 448 numbers and 7 scales, each twice; the other 50 bytes stay. Core's layout ``v4_nm``,
         dense inside a block.
     k_rope_buff : [num_blocks, block_size, 64], bf16
+        Dense inside a block.
     is_neox : bool
         As in `fused_qk_rope_write_kv_cache`.
     quant_group_size : int
@@ -227,6 +228,7 @@ def fused_kv_norm_rope_group_quant(
         ("k_rope_buff", k_rope_buff, (*k_nope_scale_buff.shape[:2], 64), (torch.bfloat16,)),
     ):
         check_tensor(op, name, tensor, shape=shape, dtypes=dtypes, device=device)
+        check_dense(op, tensor, name)
     pages = k_nope_scale_buff.view(torch.uint8), k_rope_buff
     cache = LatentCache.bind("v4_nm", dims, k_rope_buff.shape[1], *pages)
     fused_kv_norm_rope_write_kv_cache(
