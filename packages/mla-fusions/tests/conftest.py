@@ -28,11 +28,15 @@ HIDDEN = 24
 
 @dataclass
 class Example:
-    """One call: an op, its arguments, and tensors that it writes in place."""
+    """One call: an op, its arguments, and tensors that it writes in place.
+
+    It is exact unless torch multiplies too, which may sum in another order over other strides.
+    """
 
     op: Callable[..., Any]
     args: dict[str, Any]
     written: tuple[torch.Tensor, ...] = ()
+    is_exact: bool = True
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -118,7 +122,7 @@ def example_of(*names: str) -> Callable[..., Any]:
 def _build(name: str, make: Callable[..., Any], maker: Maker) -> Example:
     args, *written = make(maker, name) if make.__code__.co_argcount > 1 else make(maker)
     op = args.pop("op", None) or getattr(mla_fusions, name)
-    return Example(op, args, tuple(written))
+    return Example(op, args, tuple(written), is_exact=not name.startswith("MLA"))
 
 
 @example_of("batched_gemm_bf16")

@@ -6,9 +6,11 @@ import re
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import mla_fusions
 from mla_core import LayoutError
+from mla_core.testing.assertions import relative_l2
 from mla_core.testing.poison import poison_
 
 pytest.importorskip("triton")
@@ -90,7 +92,11 @@ def test_other_strides_are_right_or_refused_by_name(example, arrange, poisoned_e
             continue
         assert torch.equal(as_bytes(gaps), before), name
         for ours, theirs in zip(results, expected, strict=True):
-            assert torch.equal(as_bytes(ours), as_bytes(theirs)), name
+            if other.is_exact:
+                assert torch.equal(as_bytes(ours), as_bytes(theirs)), name
+            else:
+                ours, theirs = (each.float().nan_to_num(7.0) for each in (ours, theirs))
+                assert relative_l2(ours, theirs) < 1e-2, name
 
 
 def test_no_tokens(example, poisoned_empty):
@@ -105,3 +111,29 @@ def test_no_tokens(example, poisoned_empty):
     for ours, theirs in zip(results, plain, strict=False):
         assert ours.ndim == theirs.ndim
         assert ours.dtype == theirs.dtype
+
+
+def test_torch_compile_calls_it_between_two_graphs(example):
+    it = example(DEVICE)
+    it.reset()
+    expected = [as_bytes(tensor) for tensor in it.run()]
+
+    def step(x, args):
+        return x + 1, it.op(**args), x * 2
+
+    x = torch.ones(2, device=DEVICE)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(step, backend=counter)
+    for _ in range(2):
+        it.reset()
+        one, returned, two = compiled(x, it.args)
+        assert torch.equal(one, x + 1)
+        assert torch.equal(two, x * 2)
+        for ours, theirs in zip(it.results(returned), expected, strict=True):
+            assert torch.equal(as_bytes(ours), theirs)
+    # What is before the op, and what is behind it.
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="are no custom ops of torch"):
+        torch.compile(step, backend="eager", fullgraph=True)(x, it.args)

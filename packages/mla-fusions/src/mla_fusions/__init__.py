@@ -1,7 +1,7 @@
 """Operations around MLA attention in Triton: cache writes with and without RoPE, products, norms.
 
 Installing the package is enough: `mla_core` finds it through its entry point. Importing it loads no
-Triton.
+Triton. `torch.compile` calls the ops as they are, between the graphs of what is around them.
 """
 
 from mla_fusions.__about__ import __version__

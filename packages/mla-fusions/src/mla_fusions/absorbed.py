@@ -17,6 +17,7 @@ from mla_core.checks import check_tensor
 from mla_core.errors import LayoutError
 from mla_core.launch import launch
 from mla_fusions import rows
+from mla_fusions.compiling import uncompiled
 from mla_fusions.latent_writers import as_scale
 from mla_fusions.rows import power_of_two
 
@@ -112,6 +113,7 @@ def choose_tiles(
     return Tiles(block_m, block_n, block_k, splits, warps, max(1, stages))
 
 
+@uncompiled
 def batched_gemm_bf16(
     XQ: torch.Tensor,
     WQ: torch.Tensor,
@@ -163,6 +165,7 @@ def batched_gemm_bf16(
     return product.run(bias, dtype, YQ, transpose_bm, config, splitK)
 
 
+@uncompiled
 def batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant(
     X: torch.Tensor,
     WQ: torch.Tensor,
@@ -211,6 +214,7 @@ def batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant(
     return product.run(bias, dtype, YQ, transpose_bm, config, splitK)
 
 
+@uncompiled
 def batched_gemm_a16wfp4(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -265,6 +269,7 @@ def batched_gemm_a16wfp4(
     return product.run(None, dtype, y, transpose_bm, config, None, takes_fp8=True)
 
 
+@uncompiled
 def batched_gemm_afp4wfp4(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -314,6 +319,7 @@ def batched_gemm_afp4wfp4(
     return product.run(None, dtype, y, transpose_bm, config, None)
 
 
+@uncompiled
 def batched_gemm_afp4wfp4_pre_quant(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -326,6 +332,7 @@ def batched_gemm_afp4wfp4_pre_quant(
     return batched_gemm_a16wfp4(x, w, w_scales, dtype, y, config)
 
 
+@uncompiled
 def batched_gemm_a16wnvfp4(
     x: torch.Tensor,
     w: torch.Tensor,

@@ -24,6 +24,7 @@ from mla_fusions.absorbed import (
     product_of_mxfp4,
     product_of_nvfp4,
 )
+from mla_fusions.compiling import uncompiled
 from mla_fusions.latent_writers import as_scale
 from mla_fusions.rope_writers import cat_and_cache
 from mla_fusions.rotation import Keys, Queries, Rotation, arrange
@@ -31,6 +32,7 @@ from mla_fusions.rotation import Keys, Queries, Rotation, arrange
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+@uncompiled
 def fused_fp8_bmm_rope_cat_and_cache_mla(
     q_nope: torch.Tensor,
     w_k: torch.Tensor,
@@ -116,6 +118,7 @@ def fused_fp8_bmm_rope_cat_and_cache_mla(
     )  # fmt: skip
 
 
+@uncompiled
 def fused_fp4_bmm_rope_cat_and_cache_mla(
     q_nope: torch.Tensor,
     w_k: torch.Tensor,
@@ -178,6 +181,7 @@ def fused_fp4_bmm_rope_cat_and_cache_mla(
     )  # fmt: skip
 
 
+@uncompiled
 def fused_bf16_bmm_rope_cat_and_cache_mla(
     q_nope: torch.Tensor,
     w_k: torch.Tensor,
@@ -222,6 +226,7 @@ def fused_bf16_bmm_rope_cat_and_cache_mla(
     )  # fmt: skip
 
 
+@uncompiled
 def fused_nvfp4_bmm_rope_cat_and_cache_mla(
     q_nope: torch.Tensor,
     w_k: torch.Tensor,

@@ -20,6 +20,7 @@ from mla_core.launch import launch
 from mla_core.layouts import Digit, Field
 from mla_core.layouts.codecs import Cast, Codec, PerTensor, TokenScaled
 from mla_fusions import rows
+from mla_fusions.compiling import uncompiled
 from mla_fusions.latent_writers import FP8_WORDS, ROWS, SLOTS, as_scale, fp8_suffix
 
 _MAX_WIDTH = 1024
@@ -27,6 +28,7 @@ _MAX_WIDTH = 1024
 _TILE = 2048
 
 
+@uncompiled
 def reshape_and_cache(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -77,6 +79,7 @@ def reshape_and_cache(
     _write(op, key, value, caches, 1, fields, codec, slot_mapping, factors=factors)
 
 
+@uncompiled
 def reshape_and_cache_flash(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -118,6 +121,7 @@ def reshape_and_cache_flash(
     _write(op, key, value, caches, 2, fields, codec, slot_mapping, factors=factors)
 
 
+@uncompiled
 def reshape_and_cache_with_pertoken_quant(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -169,6 +173,7 @@ def reshape_and_cache_with_pertoken_quant(
     _write(op, key, value, caches, 1, fields, codec, slot_mapping, scales=scales)
 
 
+@uncompiled
 def reshape_and_cache_with_block_quant(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -215,6 +220,7 @@ def reshape_and_cache_with_block_quant(
     )
 
 
+@uncompiled
 def reshape_and_cache_with_block_quant_for_asm_pa(
     key: torch.Tensor,
     value: torch.Tensor,

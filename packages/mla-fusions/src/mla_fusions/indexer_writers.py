@@ -21,6 +21,7 @@ from mla_core.launch import launch
 from mla_core.layouts import Layout, arrange, get
 from mla_core.layouts.codecs import Cast, GroupScaled
 from mla_fusions import rows
+from mla_fusions.compiling import uncompiled
 from mla_fusions.latent_writers import ROWS, SLOTS, check_dense, fp8_suffix
 from mla_fusions.rotation import FP8_OF, rotation_of, schedule
 
@@ -30,6 +31,7 @@ _MIN_AMAX = 1e-4
 _FORMATS = {None: False, "": False, "fp32": False, "ue8m0": True}
 
 
+@uncompiled
 def indexer_k_quant_and_cache(
     k: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -77,6 +79,7 @@ def indexer_k_quant_and_cache(
     rows.write(spec, target, None, slot_mapping, cache.num_slots)
 
 
+@uncompiled
 def indexer_qk_rope_quant_and_cache(
     q: torch.Tensor,
     q_out: torch.Tensor,

@@ -13,12 +13,14 @@ from mla_core.errors import LayoutError
 from mla_core.layouts import Layout, arrange, get
 from mla_core.layouts.codecs import Cast
 from mla_core.ops import write_kv_cache
+from mla_fusions.compiling import uncompiled
 
 ROWS = (torch.bfloat16, torch.float16, torch.float32)
 SLOTS = (torch.int64, torch.int32)
 FP8_WORDS = ("fp8", "fp8_e4m3")
 _NAME_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _SUFFIX_OF = {torch.float8_e4m3fn: "", torch.float8_e4m3fnuz: "_fnuz"}
+
 #: Pages of two segments without scales, which the catalog of layouts has in fp8 alone.
 _SEGMENTED = {
     dtype: Layout(
@@ -33,6 +35,7 @@ _SEGMENTED = {
 }
 
 
+@uncompiled
 def concat_and_cache_mla(
     kv_c: torch.Tensor,
     k_pe: torch.Tensor,
@@ -83,6 +86,7 @@ def concat_and_cache_mla(
     _write(op, layout, dims, kv_cache.shape[1], kv_cache, kv_c, k_pe, slot_mapping, scale)
 
 
+@uncompiled
 def concat_and_cache_mla_seg(
     kv_c: torch.Tensor,
     k_pe: torch.Tensor,
@@ -109,8 +113,7 @@ def concat_and_cache_mla_seg(
     Notes
     -----
     Differences from aiter: as for `concat_and_cache_mla`, and the page size follows from the shape
-    of a block, so blocks may have gaps between them; aiter derives it from their stride. Inside
-    ``torch.compile`` ``"auto"`` is refused, since its layout has no name in the catalog.
+    of a block, so blocks may have gaps between them; aiter derives it from their stride.
     """
     op = "concat_and_cache_mla_seg"
     dims = _dims(op, kv_c, k_pe)
@@ -131,6 +134,7 @@ def concat_and_cache_mla_seg(
     _write(op, layout, dims, page_size, pages, kv_c, k_pe, slot_mapping, scale)
 
 
+@uncompiled
 def cat_and_cache_mla(
     k_nope: torch.Tensor,
     k_pe: torch.Tensor,

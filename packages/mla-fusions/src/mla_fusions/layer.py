@@ -31,6 +31,7 @@ from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.reference import quant
 from mla_fusions.absorbed import Product, product_of_fp8, product_of_halves, product_of_mxfp4
 from mla_fusions.absorbed_rope import join
+from mla_fusions.compiling import uncompiled
 from mla_fusions.norms import fused_qk_rmsnorm
 from mla_fusions.rope_writers import written
 from mla_fusions.rotation import rotate_and_write
@@ -244,6 +245,7 @@ class MLAPrologue:
         """
         return self._w_uk.has_kernel and num_tokens <= self.max_joined_tokens
 
+    @uncompiled
     def __call__(
         self,
         hidden_states: torch.Tensor,
@@ -434,6 +436,7 @@ class MLAEpilogue:
             weights=weights,
         )
 
+    @uncompiled
     def __call__(self, latents: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Apply W_UV, and ``o_proj`` where there is one.
 

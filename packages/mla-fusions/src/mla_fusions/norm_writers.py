@@ -13,6 +13,7 @@ from mla_core.dims import MLADims
 from mla_core.errors import LayoutError
 from mla_core.launch import launch
 from mla_fusions import norms, rows
+from mla_fusions.compiling import uncompiled
 from mla_fusions.latent_writers import ROWS, SLOTS, check_dense
 from mla_fusions.rotation import Keys, Rotation, arguments_of, rotation_of
 
@@ -21,6 +22,7 @@ _V4_BYTES = (torch.float8_e4m3fn, torch.uint8)
 _NO_QUERY: dict[str, object] = {"Q_SHAPE": None, "QUANT": norms.NONE, "BIAS": 7, "IS_NATIVE": False}
 
 
+@uncompiled
 def fused_kv_norm_rope_write_kv_cache(
     kv_c: torch.Tensor,
     k_pe: torch.Tensor | None,
@@ -156,6 +158,7 @@ def fused_kv_norm_rope_write_kv_cache(
     _launch(op, keys, turn, kv_weight, kv_epsilon, kv_out, query, gemma_norm)
 
 
+@uncompiled
 def fused_kv_norm_rope_group_quant(
     kv: torch.Tensor,
     kv_weight: torch.Tensor,

@@ -15,6 +15,7 @@ from mla_core.checks import check_tensor
 from mla_core.errors import LayoutError
 from mla_core.launch import launch
 from mla_fusions.absorbed import FLOATING, FP8_OF
+from mla_fusions.compiling import uncompiled
 from mla_fusions.rows import NATIVE_FP8, power_of_two, require_kernel
 
 #: Kinds of quantisers, as in `mla_fusions.kernels.absorbed`.
@@ -32,6 +33,7 @@ _GROUP_OF = {
 }
 
 
+@uncompiled
 def fused_qk_rmsnorm_group_quant(
     q_out_quantized: torch.Tensor | None = None,
     q_out_scale: torch.Tensor | None = None,
@@ -107,6 +109,7 @@ def fused_qk_rmsnorm_group_quant(
     )  # fmt: skip
 
 
+@uncompiled
 def fused_qk_rmsnorm_per_token_quant(
     q_out_quantized: torch.Tensor,
     q_out_scale: torch.Tensor,
@@ -145,6 +148,7 @@ def fused_qk_rmsnorm_per_token_quant(
     )  # fmt: skip
 
 
+@uncompiled
 def fused_qk_rmsnorm(
     q_out_quantized: torch.Tensor | None = None,
     q_out_scale: torch.Tensor | None = None,

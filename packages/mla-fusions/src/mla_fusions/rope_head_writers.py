@@ -12,10 +12,12 @@ from mla_core.checks import check_tensor
 from mla_core.errors import LayoutError
 from mla_core.layouts.codecs import Cast
 from mla_fusions import head_writers
+from mla_fusions.compiling import uncompiled
 from mla_fusions.latent_writers import ROWS, as_scale
 from mla_fusions.rotation import Keys, queries_of, rotate_and_write, rotation_of, undivided
 
 
+@uncompiled
 def fused_qk_rope_reshape_and_cache(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -120,6 +122,7 @@ def fused_qk_rope_reshape_and_cache(
     return outputs if zeros_out is None else (*outputs, zeros_out)
 
 
+@uncompiled
 def fused_qk_rope_cosine_cache_llama(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -20,6 +20,7 @@ from mla_core.errors import LayoutError
 from mla_core.layouts import Digit, Field
 from mla_core.layouts.codecs import Cast, Codec, PerTensor
 from mla_fusions import head_writers, rows
+from mla_fusions.compiling import uncompiled
 from mla_fusions.latent_writers import ROWS, SLOTS, as_scale, fp8_suffix, keys_layout
 from mla_fusions.rotation import (
     Keys,
@@ -32,6 +33,7 @@ from mla_fusions.rotation import (
 )
 
 
+@uncompiled
 def fused_qk_rope_write_kv_cache(
     q_nope: torch.Tensor | None,
     q_pe: torch.Tensor,
@@ -194,6 +196,7 @@ def written(
     return turn, queries, keys, q_out
 
 
+@uncompiled
 def fused_qk_rope_concat_and_cache_mla(
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,
@@ -318,6 +321,7 @@ def fused_qk_rope_concat_and_cache_mla(
     rotate_and_write(op, turn, queries, keys)
 
 
+@uncompiled
 def fused_qk_rope_cat_and_cache_mla(
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,

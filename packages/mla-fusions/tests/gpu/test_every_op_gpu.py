@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mla_core import LayoutError
+from mla_core.testing.assertions import relative_l2
 from mla_core.testing.poison import poison_
 from mla_core.testing.sync import no_sync
 
@@ -89,7 +90,7 @@ def far(tensor):
 def test_rows_more_than_4_gib_apart_are_right_or_refused_by_name(example):
     plain = example("cuda")
     plain.reset()
-    expected = [as_bytes(tensor) for tensor in plain.run()]
+    expected = plain.run()
     for name in plain.tensors:
         other = example("cuda")
         old = other.args[name]
@@ -104,4 +105,8 @@ def test_rows_more_than_4_gib_apart_are_right_or_refused_by_name(example):
             assert re.search(rf"\b{name} must ", refusal)
             continue
         for ours, theirs in zip(results, expected, strict=True):
-            assert torch.equal(as_bytes(ours), theirs), name
+            if other.is_exact:
+                assert torch.equal(as_bytes(ours), as_bytes(theirs)), name
+            else:
+                ours, theirs = (each.float().nan_to_num(7.0) for each in (ours, theirs))
+                assert relative_l2(ours, theirs) < 1e-2, name
