@@ -18,6 +18,7 @@ from mla_core.batch import PagedKV
 from mla_core.dtypes import FP8_DTYPES
 from mla_core.launch import Address, launch
 from mla_core.plan import DecodePlan, PlanRequest, Schedule, bind_schedule
+from mla_core.problem import Problem
 from mla_triton.arguments import scale_strides, scales_of
 from mla_triton.splits import INVARIANT_SPLITS, RAGGED, mean_tokens
 
@@ -77,9 +78,8 @@ def make_schedule(
     """Return the schedule of a problem that the backend's row takes; tests may give the shares."""
     dims = request.problem.dims
     is_invariant = "batch_invariant" in request.problem.features
-    is_packed = request.problem.kv_dtype in FP8_DTYPES
     num_rows = dims.num_heads * (1 if is_invariant else request.max_seqlen_q)
-    tile_rows = PACKED if is_packed else rows_of_a_program(num_rows)
+    tile_rows = rows_of_a_program(num_rows, request.problem)
     row_blocks = max(1, -(-dims.num_heads * request.max_seqlen_q // tile_rows))
     because = "shares were passed"
     if shares is None:
@@ -91,7 +91,7 @@ def make_schedule(
         workspace["partial_out"] = ((*rows, dims.kv_lora_rank), torch.float32)
         workspace["partial_lse"] = (rows, torch.float32)
     return Schedule(
-        kernel=f"hopper_{_kind(is_packed, tile_rows)}",
+        kernel=f"hopper_{_kind(request.problem, tile_rows)}",
         num_kv_splits=shares.runs or most_pieces(request, shares.num_workers),
         because=because,
         config={
@@ -113,14 +113,20 @@ def with_shares(plan: DecodePlan, shares: Shares) -> DecodePlan:
     )
 
 
-def rows_of_a_program(num_rows: int) -> int:
-    """Return the smallest tile that holds so many query rows, 64 for more than 32."""
-    return next((rows for rows in (8, 16, 32) if num_rows <= rows), WIDE)
+def rows_of_a_program(num_rows: int, problem: Problem) -> int:
+    """Return the tile for so many query rows of a request.
+
+    The smallest that holds them, 64 for more than 32. Over fp8 caches, 16, or 64 for more than 32:
+    but what a tile of 64 needs in shared memory leaves no room for 16-bit rotary keys.
+    """
+    if problem.kv_dtype not in FP8_DTYPES:
+        return next((rows for rows in (8, 16, 32) if num_rows <= rows), WIDE)
+    return WIDE if num_rows > 32 and problem.layout in ("standard", "seg576") else PACKED
 
 
-def _kind(is_packed: bool, tile_rows: int) -> str:
-    if is_packed:
-        return "packed"
+def _kind(problem: Problem, tile_rows: int) -> str:
+    if problem.kv_dtype in FP8_DTYPES:
+        return "converted" if tile_rows == WIDE else "packed"
     return "wide" if tile_rows == WIDE else "narrow"
 
 
@@ -136,7 +142,7 @@ def deal(
         workers = batch_size * INVARIANT_SPLITS
         return Shares(workers, INVARIANT_SPLITS, INVARIANT_TILES), "fixed by batch_invariant"
     because = f"{batch_size} x {row_blocks} programs on {multiprocessors} multiprocessors"
-    if request.problem.kv_dtype in FP8_DTYPES:
+    if request.problem.kv_dtype in FP8_DTYPES and tile_rows == PACKED:
         multiprocessors *= 2
         because += ", two on each"
     groups = max(1, multiprocessors // row_blocks)
@@ -382,6 +388,15 @@ def _launch(tile_rows: int, kv_lora_rank: int, is_packed: bool) -> dict[str, int
 
     227 KiB are one program's, 113 KiB if two share a multiprocessor.
     """
+    if is_packed and tile_rows == WIDE:
+        return {
+            "STAGES_A": 2,
+            "STAGES_B": 0,
+            "LOADERS": 4,
+            "LOADER_REGISTERS": 120,
+            "RIGHT_REGISTERS": 168,
+            "num_warps": 4,
+        }
     if is_packed:
         return {
             "STAGES_A": 2 if kv_lora_rank > 256 else 4,

@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from mla_triton.kernels.hopper.convert import convert_partition
 from mla_triton.kernels.hopper.load import (
     TILE,
     Cache,
@@ -16,7 +17,7 @@ from mla_triton.kernels.hopper.load import (
     allocate_tiles,
     load_partition,
 )
-from mla_triton.kernels.hopper.narrow import narrow_partition
+from mla_triton.kernels.hopper.narrow import allocate_weights, narrow_partition
 from mla_triton.kernels.hopper.output import Output
 from mla_triton.kernels.hopper.packed import (
     allocate_packed_outputs,
@@ -25,6 +26,7 @@ from mla_triton.kernels.hopper.packed import (
     packed_partition,
 )
 from mla_triton.kernels.hopper.schedule import Batch, Shares
+from mla_triton.kernels.hopper.task import Scaling, Task
 from mla_triton.kernels.hopper.wide import M as WIDE
 from mla_triton.kernels.hopper.wide import allocate_exchange, left_partition, right_partition
 
@@ -119,6 +121,7 @@ def hopper_decode_kernel(
 ):
     """Attend M rows of each request in the share of this worker."""
     dtype: gl.constexpr = kv_c_ptr.dtype.element_ty
+    rope_dtype: gl.constexpr = k_pe_ptr.dtype.element_ty
     worker = gl.program_id(0) // row_blocks
     block = gl.program_id(0) % row_blocks
     batch = Batch(
@@ -173,161 +176,73 @@ def hopper_decode_kernel(
         HAS_LSE,
         HAS_SINK,
     )
+    queries = (
+        ql_nope_ptr,
+        q_pe_ptr,
+        num_heads,
+        ql_nope_stride_t,
+        ql_nope_stride_h,
+        q_pe_stride_t,
+        q_pe_stride_h,
+    )
+    scaling = Scaling(
+        sm_scale_log2, softcap, kv_scale_ptr, q_scale_ptr, HAS_SOFTCAP, HAS_KV_SCALE, HAS_Q_SCALE
+    )
+    task = Task(batch, shares, output, scaling, worker, block)
     # The arguments stand inside the calls: a constant bound to a name would become a value.
     if dtype.primitive_bitwidth == 8:
-        tiles = allocate_packed_tiles(k_pe_ptr.dtype.element_ty, D, R, GROUPS, STAGES_A, LOADERS)
-        nope_smem, rope_smem = allocate_packed_rows(k_pe_ptr.dtype.element_ty, D, R)
-        rows = Rows(
-            ql_nope_ptr,
-            q_pe_ptr,
-            num_heads,
-            ql_nope_stride_t,
-            ql_nope_stride_h,
-            q_pe_stride_t,
-            q_pe_stride_h,
-            nope_smem,
-            rope_smem,
-        )
-        weights, staging = allocate_packed_outputs(out_ptr.dtype.element_ty, GROUPS)
-        gl.warp_specialize(
-            [
-                (
-                    packed_partition,
-                    (
-                        batch,
-                        shares,
-                        rows,
-                        tiles,
-                        weights,
-                        staging,
-                        output,
-                        worker,
-                        block,
-                        kv_scale_ptr,
-                        q_scale_ptr,
-                        sm_scale_log2,
-                        softcap,
-                        HAS_KV_SCALE,
-                        HAS_Q_SCALE,
-                        HAS_SOFTCAP,
-                    ),
-                ),
-                (
-                    load_partition,
-                    (
-                        batch,
-                        shares,
-                        num_heads,
-                        cache,
-                        kv_c_desc,
-                        k_pe_desc,
-                        tiles,
-                        worker,
-                        block,
-                        M,
-                        LOADERS,
-                    ),
-                ),
-            ],
-            [LOADERS],
-            [LOADER_REGISTERS],
-        )
-    else:
-        tiles = allocate_tiles(dtype, D // 2, R, STAGES_A, STAGES_B, LOADERS)
-        nope_smem, rope_smem = allocate_rows(dtype, M, D, R)
-        rows = Rows(
-            ql_nope_ptr,
-            q_pe_ptr,
-            num_heads,
-            ql_nope_stride_t,
-            ql_nope_stride_h,
-            q_pe_stride_t,
-            q_pe_stride_h,
-            nope_smem,
-            rope_smem,
-        )
+        # Every loading thread arrives when its copies are done, and one more time for TMA's bytes.
+        packed = allocate_packed_tiles(rope_dtype, D, R, GROUPS, STAGES_A, 32 * LOADERS + 1)
         if M == WIDE:
-            exchange = allocate_exchange(dtype)
+            tiles = allocate_tiles(gl.float16, D // 2, R, 1, 1, 1)
+            nope_smem, rope_smem = allocate_rows(gl.float16, M, D, R)
+            rows = Rows(*queries, nope_smem, rope_smem)
+            exchange = allocate_exchange(gl.float16)
             gl.warp_specialize(
                 [
+                    (left_partition, (task, rows, tiles, exchange, True)),
+                    (right_partition, (task, rows, tiles, exchange)),
                     (
-                        left_partition,
-                        (
-                            batch,
-                            shares,
-                            rows,
-                            tiles,
-                            exchange,
-                            output,
-                            worker,
-                            block,
-                            sm_scale_log2,
-                            softcap,
-                            HAS_SOFTCAP,
-                        ),
-                    ),
-                    (
-                        right_partition,
-                        (batch, shares, rows, tiles, exchange, output, worker, block),
-                    ),
-                    (
-                        load_partition,
-                        (
-                            batch,
-                            shares,
-                            num_heads,
-                            cache,
-                            kv_c_desc,
-                            k_pe_desc,
-                            tiles,
-                            worker,
-                            block,
-                            M,
-                            LOADERS,
-                        ),
+                        convert_partition,
+                        (task, cache, kv_c_desc, k_pe_desc, packed, tiles, M, LOADERS),
                     ),
                 ],
                 [4, LOADERS],
                 [RIGHT_REGISTERS, LOADER_REGISTERS],
             )
         else:
-            square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TILE], dtype)
-            weights = gl.allocate_shared_memory(dtype, [M, TILE], square)
+            nope_smem, rope_smem = allocate_packed_rows(rope_dtype, D, R)
+            rows = Rows(*queries, nope_smem, rope_smem)
+            weights, staging = allocate_packed_outputs(out_ptr.dtype.element_ty, GROUPS)
             gl.warp_specialize(
                 [
-                    (
-                        narrow_partition,
-                        (
-                            batch,
-                            shares,
-                            rows,
-                            tiles,
-                            weights,
-                            output,
-                            worker,
-                            block,
-                            sm_scale_log2,
-                            softcap,
-                            M,
-                            HAS_SOFTCAP,
-                        ),
-                    ),
-                    (
-                        load_partition,
-                        (
-                            batch,
-                            shares,
-                            num_heads,
-                            cache,
-                            kv_c_desc,
-                            k_pe_desc,
-                            tiles,
-                            worker,
-                            block,
-                            M,
-                            LOADERS,
-                        ),
-                    ),
+                    (packed_partition, (task, rows, packed, weights, staging)),
+                    (load_partition, (task, cache, kv_c_desc, k_pe_desc, packed, M, LOADERS)),
+                ],
+                [LOADERS],
+                [LOADER_REGISTERS],
+            )
+    else:
+        tiles = allocate_tiles(dtype, D // 2, R, STAGES_A, STAGES_B, 32 * LOADERS + 1)
+        nope_smem, rope_smem = allocate_rows(dtype, M, D, R)
+        rows = Rows(*queries, nope_smem, rope_smem)
+        if M == WIDE:
+            exchange = allocate_exchange(dtype)
+            gl.warp_specialize(
+                [
+                    (left_partition, (task, rows, tiles, exchange, False)),
+                    (right_partition, (task, rows, tiles, exchange)),
+                    (load_partition, (task, cache, kv_c_desc, k_pe_desc, tiles, M, LOADERS)),
+                ],
+                [4, LOADERS],
+                [RIGHT_REGISTERS, LOADER_REGISTERS],
+            )
+        else:
+            weights = allocate_weights(dtype, M)
+            gl.warp_specialize(
+                [
+                    (narrow_partition, (task, rows, tiles, weights)),
+                    (load_partition, (task, cache, kv_c_desc, k_pe_desc, tiles, M, LOADERS)),
                 ],
                 [LOADERS],
                 [LOADER_REGISTERS],

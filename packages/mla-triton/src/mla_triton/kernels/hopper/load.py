@@ -259,9 +259,9 @@ def allocate_tiles(
     R: gl.constexpr,
     STAGES_A: gl.constexpr,
     STAGES_B: gl.constexpr,
-    LOADERS: gl.constexpr,
+    ARRIVALS: gl.constexpr,
 ):
-    """Allocate the rings and initialise their barriers for a loader of LOADERS warps."""
+    """Allocate the rings and initialise their barriers; a tile is there after so many arrivals."""
     half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, HALF], dtype)
     rope: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, R], dtype)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -269,12 +269,11 @@ def allocate_tiles(
     free_a = gl.allocate_shared_memory(gl.int64, [STAGES_A, 1], mbarrier.MBarrierLayout())
     full_b = gl.allocate_shared_memory(gl.int64, [STAGES_B, 1], mbarrier.MBarrierLayout())
     free_b = gl.allocate_shared_memory(gl.int64, [STAGES_B, 1], mbarrier.MBarrierLayout())
-    # Every thread of the loader arrives when its copies are done, and once more for TMA's bytes.
     for stage in gl.static_range(STAGES_A):
-        mbarrier.init(full_a.index(stage), count=32 * LOADERS + 1)
+        mbarrier.init(full_a.index(stage), count=ARRIVALS)
         mbarrier.init(free_a.index(stage), count=1)
     for stage in gl.static_range(STAGES_B):
-        mbarrier.init(full_b.index(stage), count=32 * LOADERS + 1)
+        mbarrier.init(full_b.index(stage), count=ARRIVALS)
         mbarrier.init(free_b.index(stage), count=1)
     return Tiles(
         gl.allocate_shared_memory(dtype, [STAGES_A, TILE, HALF], half),
@@ -357,20 +356,10 @@ def load_tiles(
 
 
 @gluon.jit
-def load_partition(
-    batch,
-    shares,
-    num_heads,
-    cache,
-    kv_c_desc,
-    k_pe_desc,
-    tiles,
-    worker,
-    block,
-    M: gl.constexpr,
-    WARPS: gl.constexpr,
-):
+def load_partition(task, cache, kv_c_desc, k_pe_desc, tiles, M: gl.constexpr, WARPS: gl.constexpr):
     """Feed the spans of a worker to the partitions that compute."""
+    batch, shares, num_heads = task.batch, task.shares, task.output.num_heads
+    worker, block = task.worker, task.block
     count = worker * 0
     work = deal(batch, shares, worker)
     request = work.request

@@ -24,21 +24,11 @@ from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, s
 
 
 @gluon.jit
-def narrow_partition(
-    batch,
-    shares,
-    rows,
-    tiles,
-    weights_smem,
-    output,
-    worker,
-    block,
-    sm_scale_log2,
-    softcap,
-    M: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr,
-):
+def narrow_partition(task, rows, tiles, weights_smem):
     """Form scores, probabilities and output of M rows."""
+    batch, shares, output, scaling = task.batch, task.shares, task.output, task.scaling
+    worker, block = task.worker, task.block
+    M: gl.constexpr = rows.nope.shape[1]
     HALF: gl.constexpr = output.D // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     columns: gl.constexpr = gl.SliceLayout(0, layout)
@@ -83,7 +73,8 @@ def narrow_partition(
                 query = rows.nope.index(1).permute((1, 0))
                 s = warpgroup_mma(tiles.b.index(b), query, s, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
-                s = scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP) + bias[:, None]
+                s = scale_scores(s, scaling.sm_scale_log2, scaling.softcap, scaling.HAS_SOFTCAP)
+                s += bias[:, None]
                 if view.hides(start, TILE):
                     token = start + gl.arange(0, TILE, layout=tokens)
                     s = hide(
@@ -151,3 +142,10 @@ def narrow_partition(
         begin = item.next_begin
         place = item.next_begin
         request += 1
+
+
+@gluon.jit
+def allocate_weights(dtype: gl.constexpr, M: gl.constexpr):
+    """Allocate shared memory for the probabilities of a tile, [M, TILE]."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TILE], dtype)
+    return gl.allocate_shared_memory(dtype, [M, TILE], layout)

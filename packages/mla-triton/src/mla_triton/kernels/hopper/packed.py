@@ -31,6 +31,7 @@ from mla_triton.kernels.hopper._gluon import (
     tma_load,
 )
 from mla_triton.kernels.hopper.load import TILE
+from mla_triton.kernels.hopper.queries import find_rows, largest_of, load_columns, powers_of
 from mla_triton.kernels.hopper.schedule import deal, next_item, view_of
 from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, scale_scores
 
@@ -171,9 +172,9 @@ def allocate_packed_tiles(
     R: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
-    LOADERS: gl.constexpr,
+    ARRIVALS: gl.constexpr,
 ):
-    """Allocate the ring and initialise its barriers for a loader of LOADERS warps."""
+    """Allocate the ring and initialise its barriers; a tile is there after so many arrivals."""
     CHUNKS: gl.constexpr = D // CHUNK
     ROPE_BYTES: gl.constexpr = R * rope_dtype.primitive_bitwidth // 8
     latent: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, CHUNK], gl.uint8)
@@ -181,9 +182,8 @@ def allocate_packed_tiles(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    # Every thread of the loader arrives when its copies are done, and once more for TMA's bytes.
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=32 * LOADERS + 1)
+        mbarrier.init(full.index(stage), count=ARRIVALS)
         mbarrier.init(free.index(stage), count=1)
     return PackedTiles(
         gl.allocate_shared_memory(gl.uint8, [STAGES * CHUNKS, TILE, CHUNK], latent),
@@ -264,38 +264,24 @@ def _split_columns(x):
 
 
 @gluon.jit
-def _load_columns(ptr, column, is_row, WIDTH: gl.constexpr, layout: gl.constexpr):
-    d = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
-    return gl.load(ptr[:, None] + d[None, :], mask=is_row[:, None], other=0.0)
-
-
-@gluon.jit
 def _load_packed_rows(rows, q_begin, q_len, first_row):
     """Store M query rows as fp16 by column parity; return what each row was divided by.
 
-    The largest element of a row becomes one of [2**14, 2**15), short of fp16's range. Rotary parts
-    that meet 16-bit keys keep their values.
+    Rotary parts that meet 16-bit keys keep their values.
     """
     R: gl.constexpr = rows.rope.shape[0] * rows.rope.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     CHUNKS: gl.constexpr = rows.nope.shape[0] // 2
     row = first_row + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
-    token = (q_begin + row // rows.num_heads).to(gl.int64)
-    head = (row % rows.num_heads).to(gl.int64)
-    nope = rows.ql_nope_ptr + (token * rows.ql_nope_stride_t + head * rows.ql_nope_stride_h)
-    rope = rows.q_pe_ptr + (token * rows.q_pe_stride_t + head * rows.q_pe_stride_h)
-    is_row = row < q_len * rows.num_heads
-    q_pe = _load_columns(rope, 0, is_row, R, layout)
+    nope, rope, is_row = find_rows(rows, q_begin, q_len, row)
+    q_pe = load_columns(rope, 0, is_row, R, layout)
     latent = ()
     for chunk in gl.static_range(CHUNKS):
-        latent = latent + (_load_columns(nope, chunk * CHUNK, is_row, CHUNK, layout),)
-    largest = gl.max(gl.abs(q_pe.to(gl.float32)), 1)
+        latent = latent + (load_columns(nope, chunk * CHUNK, is_row, CHUNK, layout),)
+    largest = largest_of(q_pe)
     for chunk in gl.static_range(CHUNKS):
-        largest = gl.maximum(largest, gl.max(gl.abs(latent[chunk].to(gl.float32)), 1))
-    exponent = (largest.to(gl.int32, bitcast=True) >> 23) & 255
-    exponent = gl.where(largest == 0.0, 127 + 14, gl.maximum(exponent, 127 - 100))
-    factor = ((254 + 14 - exponent) << 23).to(gl.float32, bitcast=True)
-    divisor = ((exponent - 14) << 23).to(gl.float32, bitcast=True)
+        largest = gl.maximum(largest, largest_of(latent[chunk]))
+    factor, divisor = powers_of(largest)
     barrier()  # every warp is done with the rows before
     for chunk in gl.static_range(CHUNKS):
         even, odd = _split_columns(latent[chunk].to(gl.float32) * factor[:, None])
@@ -312,25 +298,10 @@ def _load_packed_rows(rows, q_begin, q_len, first_row):
 
 
 @gluon.jit
-def packed_partition(
-    batch,
-    shares,
-    rows,
-    tiles,
-    weights_smem,
-    staging,
-    output,
-    worker,
-    block,
-    kv_scale_ptr,
-    q_scale_ptr,
-    sm_scale_log2,
-    softcap,
-    HAS_KV_SCALE: gl.constexpr,
-    HAS_Q_SCALE: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr,
-):
+def packed_partition(task, rows, tiles, weights_smem, staging):
     """Form scores, probabilities and output of M rows."""
+    batch, shares, output, scaling = task.batch, task.shares, task.output, task.scaling
+    worker, block = task.worker, task.block
     CHUNKS: gl.constexpr = tiles.CHUNKS
     GROUPS: gl.constexpr = tiles.GROUPS
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
@@ -338,12 +309,8 @@ def packed_partition(
     tokens: gl.constexpr = gl.SliceLayout(0, layout)
     local = gl.arange(0, M, layout=q_rows)
     row = block * M + local
-    kv_scale = 1.0
-    if HAS_KV_SCALE:
-        kv_scale = gl.load(kv_scale_ptr)
-    q_scale = 1.0
-    if HAS_Q_SCALE:
-        q_scale = gl.load(q_scale_ptr)
+    kv_scale = scaling.of_cache()
+    q_scale = scaling.of_queries()
     count = worker * 0
     work = deal(batch, shares, worker)
     request = work.request
@@ -373,7 +340,8 @@ def packed_partition(
                 scales = tiles.load_scales(stage, tokens)
                 s = _scores(rows, tiles, stage, scales, unscale, q_scale, layout)
                 bias = tiles.bias.index(stage).load(tokens)
-                s = scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP) + bias[None, :]
+                s = scale_scores(s, scaling.sm_scale_log2, scaling.softcap, scaling.HAS_SOFTCAP)
+                s += bias[None, :]
                 if view.hides(start, TILE):
                     token = start + gl.arange(0, TILE, layout=tokens)
                     s = hide(

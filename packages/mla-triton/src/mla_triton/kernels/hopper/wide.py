@@ -21,6 +21,7 @@ from mla_triton.kernels.hopper.load import (
     TILE,
     load_rows,
 )
+from mla_triton.kernels.hopper.queries import load_scaled_rows
 from mla_triton.kernels.hopper.schedule import deal, next_item, view_of
 from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, scale_scores
 
@@ -61,20 +62,13 @@ def _issue_scores(rows, tiles, count, s_layout: gl.constexpr):
 
 
 @gluon.jit
-def left_partition(
-    batch,
-    shares,
-    rows,
-    tiles,
-    exchange,
-    output,
-    worker,
-    block,
-    sm_scale_log2,
-    softcap,
-    HAS_SOFTCAP: gl.constexpr,
-):
-    """Form scores and probabilities, and the left half of the output."""
+def left_partition(task, rows, tiles, exchange, IS_PACKED: gl.constexpr):
+    """Form scores and probabilities, and the left half of the output.
+
+    Query rows over an fp8 cache are fp16 by a power of two each, which the scores take back.
+    """
+    batch, shares, output, scaling = task.batch, task.shares, task.output, task.scaling
+    worker, block = task.worker, task.block
     HALF: gl.constexpr = output.D // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -85,6 +79,8 @@ def left_partition(
     dtype: gl.constexpr = rows.nope.dtype
     local = gl.arange(0, M, layout=s_rows)
     row = block * M + local
+    kv_scale = scaling.of_cache()
+    sm_scale_log2 = scaling.sm_scale_log2 * kv_scale * scaling.of_queries()
     count = worker * 0  # tiles so far
     handed = worker * 0  # hand-overs so far
     work = deal(batch, shares, worker)
@@ -102,16 +98,23 @@ def left_partition(
             m = gl.full([M], float("-inf"), gl.float32, s_rows)
             denom = gl.zeros([M], gl.float32, s_rows)
             acc = gl.zeros([M, HALF], gl.float32, o_layout)
+            divisor = gl.full([M], 1.0, gl.float32, s_rows)
             if item.first < item.last:
                 # The right warp group may still read its half of the last output from there.
                 mbarrier.wait(exchange.free, (handed & 1) ^ 1)
-                load_rows(
-                    rows, item.q_begin, item.q_len, block * M, M, output.D, rows.rope.shape[1]
-                )
+                if IS_PACKED:
+                    divided_by = load_scaled_rows(rows, item.q_begin, item.q_len, block * M)
+                    divisor = gl.convert_layout(divided_by, s_rows)
+                else:
+                    load_rows(
+                        rows, item.q_begin, item.q_len, block * M, M, output.D, rows.rope.shape[1]
+                    )
             for tile in range(item.first, item.last):
                 s = _issue_scores(rows, tiles, count, s_layout)
                 s = warpgroup_mma_wait(0, deps=[s])
-                s = scale_scores(s, sm_scale_log2, softcap, HAS_SOFTCAP)
+                if IS_PACKED:
+                    s *= divisor[:, None]
+                s = scale_scores(s, sm_scale_log2, scaling.softcap, scaling.HAS_SOFTCAP)
                 s += tiles.bias.index(count % tiles.STAGES_A).load(s_columns)[None, :]
                 if view.hides(tile * TILE, TILE):
                     token = tile * TILE + gl.arange(0, TILE, layout=s_columns)
@@ -146,6 +149,7 @@ def left_partition(
             factor, lse = finish_rows(
                 m, denom, output.sink_ptr, row % output.num_heads, is_row, is_whole, output.HAS_SINK
             )
+            factor *= kv_scale
             mbarrier.wait(exchange.free, (handed & 1) ^ 1)
             exchange.factor.store(factor)
             mbarrier.arrive(exchange.ready, count=1)
@@ -169,8 +173,10 @@ def left_partition(
 
 
 @gluon.jit
-def right_partition(batch, shares, rows, tiles, exchange, output, worker, block):
+def right_partition(task, rows, tiles, exchange):
     """Form the right half of the output."""
+    batch, shares, output = task.batch, task.shares, task.output
+    worker, block = task.worker, task.block
     HALF: gl.constexpr = output.D // 2
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
