@@ -112,6 +112,7 @@ def hopper_cases():
     """Yield cases of the kernels for Hopper that no row of a table stands for."""
     formats = [("bf16", "bf16", 16), ("bf16", "bf16", 128), ("fp16", "fp16", 16)]
     formats += [("bf16", "fp8", 16), ("fp8_e4m3", "fp8_seg576", 16)]
+    formats += [("bf16", "fp8", 64), ("fp8_e4m3", "fp8_seg576", 128)]
     formats += [("fp8_e4m3", f"fp8_{name}", 16) for name in ("seg644", "seg656", "ds656")]
     shapes = itertools.product(formats, (256, 512), (16, 64))
     for index, ((q_dtype, layout, heads), rank, page_size) in enumerate(shapes):
