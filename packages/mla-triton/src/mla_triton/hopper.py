@@ -364,6 +364,7 @@ def _prepare(
         ),
         constants=shared
         | {
+            "launch_pdl": True,
             "R": plan.dims.qk_rope_head_dim,
             "PAGE_SIZE": kv.page_size,
             "IS_CAUSAL": options.causal,

@@ -309,10 +309,10 @@ def packed_partition(task, rows, tiles, weights_smem, staging):
     tokens: gl.constexpr = gl.SliceLayout(0, layout)
     local = gl.arange(0, M, layout=q_rows)
     row = block * M + local
-    kv_scale = scaling.of_cache()
-    q_scale = scaling.of_queries()
     count = worker * 0
     work = deal(batch, shares, worker)
+    kv_scale = scaling.of_cache()
+    q_scale = scaling.of_queries()
     request = work.request
     begin = work.begin
     place = work.place

@@ -14,6 +14,8 @@ follows its inputs, and neither a planning kernel nor the host takes part.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from triton.language.extra.cuda import gdc_wait
+
 from mla_triton.kernels.hopper._gluon import aggregate
 
 #: Places on the line that starting a request costs, in tiles.
@@ -288,7 +290,12 @@ def deal_line(batch, worker, num_workers, NUM_WARPS: gl.constexpr):
 
 @gluon.jit
 def deal(batch, shares, worker):
-    """Return the work of a worker; every partition works it out for itself."""
+    """Return the work of a worker; every partition works it out for itself.
+
+    Before, no partition reads or writes what kernels before this one may still write or read: the
+    kernel is launched while they end.
+    """
+    gdc_wait()
     if shares.EVEN:
         return deal_even(batch, worker, shares.max_runs, shares.min_tiles)
     else:

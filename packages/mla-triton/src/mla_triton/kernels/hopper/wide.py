@@ -79,11 +79,11 @@ def left_partition(task, rows, tiles, exchange, IS_PACKED: gl.constexpr):
     dtype: gl.constexpr = rows.nope.dtype
     local = gl.arange(0, M, layout=s_rows)
     row = block * M + local
-    kv_scale = scaling.of_cache()
-    sm_scale_log2 = scaling.sm_scale_log2 * kv_scale * scaling.of_queries()
     count = worker * 0  # tiles so far
     handed = worker * 0  # hand-overs so far
     work = deal(batch, shares, worker)
+    kv_scale = scaling.of_cache()
+    sm_scale_log2 = scaling.sm_scale_log2 * kv_scale * scaling.of_queries()
     request = work.request
     begin = work.begin
     place = work.place
