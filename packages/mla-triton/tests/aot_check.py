@@ -114,6 +114,7 @@ def hopper_cases():
     formats += [("bf16", "fp8", 16), ("fp8_e4m3", "fp8_seg576", 16)]
     formats += [("bf16", "fp8", 64), ("fp8_e4m3", "fp8_seg576", 128)]
     formats += [("fp8_e4m3", f"fp8_{name}", 16) for name in ("seg644", "seg656", "ds656")]
+    formats += [("bf16", f"fp8_{name}", 64) for name in ("seg644", "ds656")]
     shapes = itertools.product(formats, (256, 512), (16, 64))
     for index, ((q_dtype, layout, heads), rank, page_size) in enumerate(shapes):
         splits = (1, 8)[(index + index // 4) % 2]

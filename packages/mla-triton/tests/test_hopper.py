@@ -39,16 +39,12 @@ def request_of(
     [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (512, 64)],
 )
 def test_smallest_tile_that_holds_the_rows(num_rows, tile):
-    assert hopper.rows_of_a_program(num_rows, request_of(1, 1, 64).problem) == tile
+    assert hopper.rows_of_a_program(num_rows, is_packed=False) == tile
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "layout", "tile"),
-    [(1, "standard", 16), (32, "seg576", 16), (33, "standard", 64), (128, "ds656", 16)],
-)
-def test_tiles_over_fp8_caches(num_rows, layout, tile):
-    problem = request_of(1, 1, 64, kv_dtype="fp8_e4m3", layout=layout).problem
-    assert hopper.rows_of_a_program(num_rows, problem) == tile
+@pytest.mark.parametrize(("num_rows", "tile"), [(1, 16), (16, 16), (32, 16), (33, 64), (128, 64)])
+def test_tiles_over_fp8_caches(num_rows, tile):
+    assert hopper.rows_of_a_program(num_rows, is_packed=True) == tile
 
 
 @pytest.mark.parametrize(

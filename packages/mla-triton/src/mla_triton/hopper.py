@@ -18,7 +18,6 @@ from mla_core.batch import PagedKV
 from mla_core.dtypes import FP8_DTYPES
 from mla_core.launch import Address, launch
 from mla_core.plan import DecodePlan, PlanRequest, Schedule, bind_schedule
-from mla_core.problem import Problem
 from mla_triton.arguments import scale_strides, scales_of
 from mla_triton.splits import INVARIANT_SPLITS, RAGGED, mean_tokens
 
@@ -79,7 +78,8 @@ def make_schedule(
     dims = request.problem.dims
     is_invariant = "batch_invariant" in request.problem.features
     num_rows = dims.num_heads * (1 if is_invariant else request.max_seqlen_q)
-    tile_rows = rows_of_a_program(num_rows, request.problem)
+    is_packed = request.problem.kv_dtype in FP8_DTYPES
+    tile_rows = rows_of_a_program(num_rows, is_packed)
     row_blocks = max(1, -(-dims.num_heads * request.max_seqlen_q // tile_rows))
     because = "shares were passed"
     if shares is None:
@@ -91,7 +91,7 @@ def make_schedule(
         workspace["partial_out"] = ((*rows, dims.kv_lora_rank), torch.float32)
         workspace["partial_lse"] = (rows, torch.float32)
     return Schedule(
-        kernel=f"hopper_{_kind(request.problem, tile_rows)}",
+        kernel=f"hopper_{_kind(is_packed, tile_rows)}",
         num_kv_splits=shares.runs or most_pieces(request, shares.num_workers),
         because=because,
         config={
@@ -113,19 +113,18 @@ def with_shares(plan: DecodePlan, shares: Shares) -> DecodePlan:
     )
 
 
-def rows_of_a_program(num_rows: int, problem: Problem) -> int:
+def rows_of_a_program(num_rows: int, is_packed: bool) -> int:
     """Return the tile for so many query rows of a request.
 
-    The smallest that holds them, 64 for more than 32. Over fp8 caches, 16, or 64 for more than 32:
-    but what a tile of 64 needs in shared memory leaves no room for 16-bit rotary keys.
+    The smallest that holds them, 64 for more than 32; over fp8 caches 16, or 64 for more than 32.
     """
-    if problem.kv_dtype not in FP8_DTYPES:
-        return next((rows for rows in (8, 16, 32) if num_rows <= rows), WIDE)
-    return WIDE if num_rows > 32 and problem.layout in ("standard", "seg576") else PACKED
+    if num_rows > 32:
+        return WIDE
+    return PACKED if is_packed else next(rows for rows in (8, 16, 32) if num_rows <= rows)
 
 
-def _kind(problem: Problem, tile_rows: int) -> str:
-    if problem.kv_dtype in FP8_DTYPES:
+def _kind(is_packed: bool, tile_rows: int) -> str:
+    if is_packed:
         return "converted" if tile_rows == WIDE else "packed"
     return "wide" if tile_rows == WIDE else "narrow"
 
@@ -364,7 +363,8 @@ def _prepare(
         ),
         constants=shared
         | {
-            "launch_pdl": True,
+            # Two programs on a multiprocessor: launched early, they would be spread unevenly.
+            "launch_pdl": not is_packed or tile_rows == WIDE,
             "R": plan.dims.qk_rope_head_dim,
             "PAGE_SIZE": kv.page_size,
             "IS_CAUSAL": options.causal,
@@ -390,9 +390,10 @@ def _launch(tile_rows: int, kv_lora_rank: int, is_packed: bool) -> dict[str, int
     227 KiB are one program's, 113 KiB if two share a multiprocessor.
     """
     if is_packed and tile_rows == WIDE:
+        stages = 2 if kv_lora_rank > 256 else 4
         return {
-            "STAGES_A": 2,
-            "STAGES_B": 0,
+            "STAGES_A": stages,
+            "STAGES_B": stages,
             "LOADERS": 4,
             "LOADER_REGISTERS": 120,
             "RIGHT_REGISTERS": 168,

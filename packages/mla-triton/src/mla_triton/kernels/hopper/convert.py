@@ -1,15 +1,28 @@
-"""The partition that loads tiles of an fp8 cache and turns them into fp16 in shared memory.
+"""The partition that loads tiles of an fp8 cache and turns them into 16-bit ones in shared memory.
 
-The partitions that multiply with wgmma then see 16-bit tiles, as over any other cache. With warps
-of their own for loading, threads would have fewer registers than wgmma takes.
+The partitions that multiply with wgmma then see 16-bit tiles, as over any other cache. Bytes land
+inside the buffers of the tiles that they become and are converted in place, through registers, so
+that there is room for two tiles. With warps of their own for loading, threads would have fewer
+registers than wgmma takes.
+
+Without scales for groups tiles are fp16, which holds every e4m3 number. With them, they are bf16:
+products with scales are rounded, as a cache in bf16 would have been.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from mla_triton.kernels.hopper.load import load_tiles
-from mla_triton.kernels.hopper.packed import CHUNK
+from mla_triton.kernels.hopper._gluon import (
+    aggregate,
+    arrive_copied,
+    barrier,
+    copy_async,
+    reinterpret,
+    tma_load,
+)
+from mla_triton.kernels.hopper.load import TILE, Tiles, load_tiles
+from mla_triton.kernels.hopper.packed import CHUNK, as_bytes
 from mla_triton.kernels.hopper.schedule import deal, next_item
 
 
@@ -34,48 +47,199 @@ def _to_fp16(x):
 
 
 @gluon.jit
-def _convert_tile(packed, tiles, count):
-    """Turn the count-th tile of bytes into one of fp16, half by half."""
-    CHUNKS: gl.constexpr = packed.CHUNKS // 2  # of a half
-    ROPE_BYTES: gl.constexpr = packed.rope.shape[2]
-    LANES: gl.constexpr = ROPE_BYTES // 16
+def _landing(half):
+    """View a half [TILE, HALF] of a tile as chunks of bytes; the last half of them is landed in."""
+    CHUNKS: gl.constexpr = 2 * half.shape[1] // CHUNK
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, CHUNK], gl.uint8)
+    return reinterpret(half, gl.uint8, [CHUNKS, TILE, CHUNK], layout)
+
+
+@gluon.jit
+def _scales(half):
+    """View a half of a tile as rows [TILE] of fp32; the first ones are where scales land."""
+    ROWS: gl.constexpr = half.shape[1] // 2
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return reinterpret(half, gl.float32, [ROWS, TILE], layout)
+
+
+@gluon.jit
+def _rope_landing(rope, ROPE_BYTES: gl.constexpr):
+    """View a rotary part [TILE, R] as bytes: its last half, or all of it for 16-bit keys."""
+    PARTS: gl.constexpr = 2 * rope.shape[1] // ROPE_BYTES
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, ROPE_BYTES], gl.uint8)
+    return reinterpret(rope, gl.uint8, [PARTS, TILE, ROPE_BYTES], layout).index(PARTS - 1)
+
+
+@aggregate
+class Landing:
+    """Tiles in shared memory in which bytes land; counts run over a whole kernel."""
+
+    tiles: Tiles
+    landed_a: gl.shared_memory_descriptor  # barriers: the bytes of half a have arrived
+    landed_b: gl.shared_memory_descriptor
+    ROPE_BYTES: gl.constexpr  # of a token
+    GROUPS: gl.constexpr  # scales of a token: none, one, or one for each chunk
+
+    @gluon.constexpr_function
+    def __init__(self, tiles, landed_a, landed_b, ROPE_BYTES, GROUPS):
+        self.tiles = tiles
+        self.landed_a = landed_a
+        self.landed_b = landed_b
+        self.ROPE_BYTES = gl.constexpr(ROPE_BYTES)
+        self.GROUPS = gl.constexpr(GROUPS)
+
+    @gluon.jit
+    def copy_scales(self, half, cache, page, offset, is_live, NTH: gl.constexpr):
+        """Start copying the scales that the nth half of a tile needs; dead tokens' become zeros."""
+        source = cache.kv_scale_ptr + (
+            page * cache.kv_scale_stride_p + offset * cache.kv_scale_stride_t
+        )
+        COUNT: gl.constexpr = (self.GROUPS + 1) // 2
+        for i in gl.static_range(COUNT):
+            group = NTH * (self.GROUPS // 2) + i
+            copy_async(_scales(half).index(i), source + group, mask=is_live)
+
+    @gluon.jit
+    def load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count, WARPS: gl.constexpr):
+        """Start copying a tile that lies in one page, all of it live: through TMA, but scales."""
+        HALF: gl.constexpr = self.tiles.a.shape[2]
+        flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        row = page * cache.kv_c_page_rows + start % cache.PAGE_SIZE
+        rope_row = page * cache.k_pe_page_rows + start % cache.PAGE_SIZE
+        offset = (start % cache.PAGE_SIZE + gl.arange(0, TILE, layout=flat)).to(gl.int64)
+        a = self.tiles.claim_a(count)
+        half_a = self.tiles.a.index(a)
+        landed_a = self.landed_a.index(a)
+        self.tiles.bias.index(a).store(gl.full([TILE], 0.0, gl.float32, flat))
+        mbarrier.expect(landed_a, TILE * (HALF + self.ROPE_BYTES))
+        for chunk in gl.static_range(HALF // CHUNK):
+            bytes_a = _landing(half_a).index(HALF // CHUNK + chunk)
+            tma_load(kv_c_desc, [row, chunk * CHUNK], landed_a, bytes_a)
+        rope = _rope_landing(self.tiles.rope.index(a), self.ROPE_BYTES)
+        tma_load(k_pe_desc, [rope_row, 0], landed_a, rope)
+        self.copy_scales(half_a, cache, page.to(gl.int64), offset, offset >= 0, 0)
+        arrive_copied(landed_a)
+        b = self.tiles.claim_b(count)
+        half_b = self.tiles.b.index(b)
+        landed_b = self.landed_b.index(b)
+        mbarrier.expect(landed_b, TILE * HALF)
+        for chunk in gl.static_range(HALF // CHUNK):
+            bytes_b = _landing(half_b).index(HALF // CHUNK + chunk)
+            tma_load(kv_c_desc, [row, HALF + chunk * CHUNK], landed_b, bytes_b)
+        self.copy_scales(half_b, cache, page.to(gl.int64), offset, offset >= 0, 1)
+        arrive_copied(landed_b)
+
+    @gluon.jit
+    def load_tokens(self, cache, page_begin, start, lowest, highest, count, WARPS: gl.constexpr):
+        """Start copying a tile token by token; dead tokens become zeros."""
+        HALF: gl.constexpr = self.tiles.a.shape[2]
+        LANES: gl.constexpr = self.ROPE_BYTES // 16
+        wide: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+        narrow: gl.constexpr = gl.BlockedLayout([1, 16], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+        flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        d = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, wide))
+        r = gl.arange(0, self.ROPE_BYTES, layout=gl.SliceLayout(0, narrow))
+        token = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, wide))
+        page, offset, is_live = cache.find(page_begin, token, lowest, highest)
+        kv_c = as_bytes(cache.kv_c_ptr) + (
+            page * cache.kv_c_stride_p + offset * cache.kv_c_stride_t
+        )
+        token = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, narrow))
+        page, offset, has_key = cache.find(page_begin, token, lowest, highest)
+        k_pe = as_bytes(cache.k_pe_ptr) + (
+            page * cache.k_pe_stride_p + offset * cache.k_pe_stride_t
+        )
+        token = start + gl.arange(0, TILE, layout=flat)
+        page, offset, has_bias = cache.find(page_begin, token, lowest, highest)
+        a = self.tiles.claim_a(count)
+        half_a = self.tiles.a.index(a)
+        landed_a = self.landed_a.index(a)
+        self.tiles.bias.index(a).store(gl.where(has_bias, 0.0, float("-inf")))
+        for chunk in gl.static_range(HALF // CHUNK):
+            bytes_a = _landing(half_a).index(HALF // CHUNK + chunk)
+            copy_async(bytes_a, kv_c[:, None] + (d + chunk * CHUNK)[None, :], mask=is_live[:, None])
+        rope = _rope_landing(self.tiles.rope.index(a), self.ROPE_BYTES)
+        copy_async(rope, k_pe[:, None] + r[None, :], mask=has_key[:, None])
+        self.copy_scales(half_a, cache, page, offset, has_bias, 0)
+        mbarrier.arrive(landed_a, count=1)
+        arrive_copied(landed_a)
+        b = self.tiles.claim_b(count)
+        half_b = self.tiles.b.index(b)
+        landed_b = self.landed_b.index(b)
+        for chunk in gl.static_range(HALF // CHUNK):
+            bytes_b = _landing(half_b).index(HALF // CHUNK + chunk)
+            source = kv_c[:, None] + (d + (HALF + chunk * CHUNK))[None, :]
+            copy_async(bytes_b, source, mask=is_live[:, None])
+        self.copy_scales(half_b, cache, page, offset, has_bias, 1)
+        mbarrier.arrive(landed_b, count=1)
+        arrive_copied(landed_b)
+
+    @gluon.jit
+    def convert(self, count):
+        """Convert the count-th tile, half by half, and hand it over."""
+        R: gl.constexpr = self.tiles.rope.shape[2]
+        LANES: gl.constexpr = self.ROPE_BYTES // 16
+        narrow: gl.constexpr = gl.BlockedLayout(
+            [1, 16], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0]
+        )
+        a = count % self.tiles.STAGES_A
+        mbarrier.wait(self.landed_a.index(a), (count // self.tiles.STAGES_A) & 1)
+        rope = self.tiles.rope.index(a)
+        if self.ROPE_BYTES == R:
+            key = _rope_landing(rope, self.ROPE_BYTES).load(narrow)
+            barrier()
+            rope.store(_to_fp16(key))
+        _convert_half(self.tiles.a.index(a), self.GROUPS)
+        mbarrier.arrive(self.tiles.full_a.index(a), count=1)
+        b = count % self.tiles.STAGES_B
+        mbarrier.wait(self.landed_b.index(b), (count // self.tiles.STAGES_B) & 1)
+        _convert_half(self.tiles.b.index(b), self.GROUPS)
+        mbarrier.arrive(self.tiles.full_b.index(b), count=1)
+
+
+@gluon.jit
+def _convert_half(half, GROUPS: gl.constexpr):
+    """Convert half a tile in place."""
+    CHUNKS: gl.constexpr = half.shape[1] // CHUNK
     wide: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
-    narrow: gl.constexpr = gl.BlockedLayout(
-        [1, 16], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0]
-    )
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    stage = packed.wait(count)
-    a = tiles.claim_a(count)
-    tiles.bias.index(a).store(packed.bias.index(stage).load(flat))
-    tiles.rope.index(a).store(_to_fp16(packed.rope.index(stage).load(narrow)))
+    packed = ()
+    scales = ()
     for chunk in gl.static_range(CHUNKS):
-        x = _to_fp16(packed.latent.index(stage * packed.CHUNKS + chunk).load(wide))
-        tiles.a.index(a).slice(chunk * CHUNK, CHUNK, dim=1).store(x)
-    fence_async_shared()
-    mbarrier.arrive(tiles.full_a.index(a), count=1)
-    b = tiles.claim_b(count)
+        packed = packed + (_landing(half).index(CHUNKS + chunk).load(wide),)
+    for i in gl.static_range((GROUPS + 1) // 2):
+        scales = scales + (_scales(half).index(i).load(gl.SliceLayout(1, wide)),)
+    barrier()  # every warp has read what the stores go over
     for chunk in gl.static_range(CHUNKS):
-        x = _to_fp16(packed.latent.index(stage * packed.CHUNKS + CHUNKS + chunk).load(wide))
-        tiles.b.index(b).slice(chunk * CHUNK, CHUNK, dim=1).store(x)
+        x = _to_fp16(packed[chunk])
+        if GROUPS > 0:
+            scale = scales[chunk % len(scales)]
+            x = (x.to(gl.float32) * scale[:, None]).to(half.dtype)
+        half.slice(chunk * CHUNK, CHUNK, dim=1).store(x)
     fence_async_shared()
-    mbarrier.arrive(tiles.full_b.index(b), count=1)
-    packed.release(count)
+
+
+@gluon.jit
+def allocate_landing(
+    tiles, ROPE_BYTES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr
+):
+    """Initialise the barriers of bytes; a half has landed after so many arrivals."""
+    landed_a = gl.allocate_shared_memory(gl.int64, [tiles.STAGES_A, 1], mbarrier.MBarrierLayout())
+    landed_b = gl.allocate_shared_memory(gl.int64, [tiles.STAGES_B, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(tiles.STAGES_A):
+        mbarrier.init(landed_a.index(stage), count=ARRIVALS)
+    for stage in gl.static_range(tiles.STAGES_B):
+        mbarrier.init(landed_b.index(stage), count=ARRIVALS)
+    return Landing(tiles, landed_a, landed_b, ROPE_BYTES, GROUPS)
 
 
 @gluon.jit
 def convert_partition(
-    task,
-    cache,
-    kv_c_desc,
-    k_pe_desc,
-    packed,
-    tiles,
-    M: gl.constexpr,
-    WARPS: gl.constexpr,
+    task, cache, kv_c_desc, k_pe_desc, landing, M: gl.constexpr, WARPS: gl.constexpr
 ):
-    """Convert the tiles of a worker's share, with loads of the next ones on their way."""
+    """Convert the tiles of a worker's share, with the next one on its way."""
     batch, shares, num_heads = task.batch, task.shares, task.output.num_heads
     worker, block = task.worker, task.block
+    STAGES: gl.constexpr = landing.tiles.STAGES_A
     loaded = worker * 0
     converted = worker * 0
     work = deal(batch, shares, worker)
@@ -85,27 +249,31 @@ def convert_partition(
     while (place < work.finish) & (request < batch.batch_size):
         item = next_item(batch, work, request, begin, place)
         if item.is_item & (block * M < item.q_len * num_heads):
-            # Before the first tile: as many as there are stages; then one after each conversion.
+            next_tile = item.first
             for tile in range(item.first - 1, item.last):
-                start = tile + packed.STAGES
-                if tile < item.first:
-                    start = item.first
-                else:
-                    _convert_tile(packed, tiles, converted)
+                # A buffer is free again once its tile is used up, which is later than converted:
+                # at the very start there is room for one tile more.
+                stop = tile + STAGES
+                if tile >= item.first:
+                    landing.convert(converted)
                     converted += 1
+                elif loaded == 0:
+                    stop += 1
+                stop = gl.minimum(stop, item.last)
                 loaded = load_tiles(
                     cache,
                     kv_c_desc,
                     k_pe_desc,
-                    packed,
+                    landing,
                     item.page_begin,
-                    start,
-                    gl.minimum(tile + packed.STAGES + 1, item.last),
+                    next_tile,
+                    stop,
                     item.lowest,
                     item.highest,
                     loaded,
                     WARPS,
                 )
+                next_tile = gl.maximum(next_tile, stop)
         begin = item.next_begin
         place = item.next_begin
         request += 1

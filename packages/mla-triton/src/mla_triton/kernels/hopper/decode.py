@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from mla_triton.kernels.hopper.convert import convert_partition
+from mla_triton.kernels.hopper.convert import allocate_landing, convert_partition
 from mla_triton.kernels.hopper.load import (
     TILE,
     Cache,
@@ -191,26 +191,27 @@ def hopper_decode_kernel(
     task = Task(batch, shares, output, scaling, worker, block)
     # The arguments stand inside the calls: a constant bound to a name would become a value.
     if dtype.primitive_bitwidth == 8:
-        # Every loading thread arrives when its copies are done, and one more time for TMA's bytes.
-        packed = allocate_packed_tiles(rope_dtype, D, R, GROUPS, STAGES_A, 32 * LOADERS + 1)
         if M == WIDE:
-            tiles = allocate_tiles(gl.float16, D // 2, R, 1, 1, 1)
-            nope_smem, rope_smem = allocate_rows(gl.float16, M, D, R)
+            half_dtype: gl.constexpr = gl.float16 if GROUPS == 0 else gl.bfloat16
+            tiles = allocate_tiles(half_dtype, D // 2, R, STAGES_A, STAGES_B, 1)
+            nope_smem, rope_smem = allocate_rows(half_dtype, M, D, R)
             rows = Rows(*queries, nope_smem, rope_smem)
-            exchange = allocate_exchange(gl.float16)
+            exchange = allocate_exchange(half_dtype)
+            landing = allocate_landing(
+                tiles, R * rope_dtype.primitive_bitwidth // 8, GROUPS, 32 * LOADERS + 1
+            )
             gl.warp_specialize(
                 [
                     (left_partition, (task, rows, tiles, exchange, True)),
                     (right_partition, (task, rows, tiles, exchange)),
-                    (
-                        convert_partition,
-                        (task, cache, kv_c_desc, k_pe_desc, packed, tiles, M, LOADERS),
-                    ),
+                    (convert_partition, (task, cache, kv_c_desc, k_pe_desc, landing, M, LOADERS)),
                 ],
                 [4, LOADERS],
                 [RIGHT_REGISTERS, LOADER_REGISTERS],
             )
         else:
+            # Every loading thread arrives when its copies are done, and once more for TMA's bytes.
+            packed = allocate_packed_tiles(rope_dtype, D, R, GROUPS, STAGES_A, 32 * LOADERS + 1)
             nope_smem, rope_smem = allocate_packed_rows(rope_dtype, D, R)
             rows = Rows(*queries, nope_smem, rope_smem)
             weights, staging = allocate_packed_outputs(out_ptr.dtype.element_ty, GROUPS)

@@ -1,4 +1,4 @@
-"""Query rows that meet an fp8 cache: brought to fp16 by a power of two each."""
+"""Query rows that meet an fp8 cache: brought to fp16 by a power of two each, or to bf16."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -44,29 +44,34 @@ def powers_of(largest):
 
 
 @gluon.jit
-def load_scaled_rows(rows, q_begin, q_len, first_row):
-    """Store query rows as fp16 in halves, for wgmma; return what each row was divided by.
+def load_converted_rows(rows, q_begin, q_len, first_row):
+    """Store query rows in halves, for wgmma; return what each row was divided by.
 
-    They are read twice, the second time from a cache: registers would not hold 64 rows.
+    Rows in fp16 were, see `powers_of`. They are read twice, the second time from a cache: registers
+    would not hold 64 rows.
     """
     M: gl.constexpr = rows.nope.shape[1]
     HALF: gl.constexpr = rows.nope.shape[2]
     R: gl.constexpr = rows.rope.shape[1]
+    dtype: gl.constexpr = rows.nope.dtype
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     row = first_row + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
     nope, rope, is_row = find_rows(rows, q_begin, q_len, row)
     q_pe = load_columns(rope, 0, is_row, R, layout)
-    largest = largest_of(q_pe)
-    for half in gl.static_range(2):
-        largest = gl.maximum(
-            largest, largest_of(load_columns(nope, half * HALF, is_row, HALF, layout))
-        )
-    factor, divisor = powers_of(largest)
+    factor = gl.full([M], 1.0, gl.float32, gl.SliceLayout(1, layout))
+    divisor = factor
+    if dtype == gl.float16:
+        largest = largest_of(q_pe)
+        for half in gl.static_range(2):
+            largest = gl.maximum(
+                largest, largest_of(load_columns(nope, half * HALF, is_row, HALF, layout))
+            )
+        factor, divisor = powers_of(largest)
     barrier()  # every warp is done with the rows before
     for half in gl.static_range(2):
         x = load_columns(nope, half * HALF, is_row, HALF, layout)
-        rows.nope.index(half).store((x.to(gl.float32) * factor[:, None]).to(gl.float16))
-    rows.rope.store((q_pe.to(gl.float32) * factor[:, None]).to(gl.float16))
+        rows.nope.index(half).store((x.to(gl.float32) * factor[:, None]).to(dtype))
+    rows.rope.store((q_pe.to(gl.float32) * factor[:, None]).to(dtype))
     fence_async_shared()
     barrier()
     return divisor

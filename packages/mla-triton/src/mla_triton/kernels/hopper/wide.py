@@ -21,7 +21,7 @@ from mla_triton.kernels.hopper.load import (
     TILE,
     load_rows,
 )
-from mla_triton.kernels.hopper.queries import load_scaled_rows
+from mla_triton.kernels.hopper.queries import load_converted_rows
 from mla_triton.kernels.hopper.schedule import deal, next_item, view_of
 from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, scale_scores
 
@@ -65,7 +65,7 @@ def _issue_scores(rows, tiles, count, s_layout: gl.constexpr):
 def left_partition(task, rows, tiles, exchange, IS_PACKED: gl.constexpr):
     """Form scores and probabilities, and the left half of the output.
 
-    Query rows over an fp8 cache are fp16 by a power of two each, which the scores take back.
+    Query rows over an fp8 cache may have been divided, which the scores take back.
     """
     batch, shares, output, scaling = task.batch, task.shares, task.output, task.scaling
     worker, block = task.worker, task.block
@@ -103,7 +103,7 @@ def left_partition(task, rows, tiles, exchange, IS_PACKED: gl.constexpr):
                 # The right warp group may still read its half of the last output from there.
                 mbarrier.wait(exchange.free, (handed & 1) ^ 1)
                 if IS_PACKED:
-                    divided_by = load_scaled_rows(rows, item.q_begin, item.q_len, block * M)
+                    divided_by = load_converted_rows(rows, item.q_begin, item.q_len, block * M)
                     divisor = gl.convert_layout(divided_by, s_rows)
                 else:
                     load_rows(
