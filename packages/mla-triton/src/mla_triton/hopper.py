@@ -430,7 +430,7 @@ def _merge_launch(max_runs: int, most_pieces: int) -> tuple[int, int, int]:
     """
     if most_pieces > 16:
         return 1, 64, 16
-    return (1, 16, 8) if max_runs > 4 else (2, 4, 4)
+    return (1, 16, 4) if max_runs > 4 else (2, 8, 4)
 
 
 def _descriptors(kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[object, object, int, int]:

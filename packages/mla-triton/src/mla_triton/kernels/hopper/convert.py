@@ -249,7 +249,7 @@ def convert_partition(
     while (place < work.finish) & (request < batch.batch_size):
         item = next_item(batch, work, request, begin, place)
         if item.is_item & (block * M < item.q_len * num_heads):
-            next_tile = item.first
+            tile_of_count = item.first - loaded  # of the count-th tile: this and the count
             for tile in range(item.first - 1, item.last):
                 # A buffer is free again once its tile is used up, which is later than converted:
                 # at the very start there is room for one tile more.
@@ -266,14 +266,13 @@ def convert_partition(
                     k_pe_desc,
                     landing,
                     item.page_begin,
-                    next_tile,
+                    tile_of_count + loaded,
                     stop,
                     item.lowest,
                     item.highest,
                     loaded,
                     WARPS,
                 )
-                next_tile = gl.maximum(next_tile, stop)
         begin = item.next_begin
         place = item.next_begin
         request += 1
