@@ -429,7 +429,7 @@ def _merge_launch(max_runs: int, most_pieces: int) -> tuple[int, int, int]:
     Of spans, few requests have as many pieces as the longest.
     """
     if most_pieces > 16:
-        return 1, 64, 16
+        return 1, 64, 8
     return (1, 16, 4) if max_runs > 4 else (2, 8, 4)
 
 

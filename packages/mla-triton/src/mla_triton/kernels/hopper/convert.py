@@ -21,7 +21,7 @@ from mla_triton.kernels.hopper._gluon import (
     reinterpret,
     tma_load,
 )
-from mla_triton.kernels.hopper.load import TILE, Tiles, load_tiles
+from mla_triton.kernels.hopper.load import TILE, Tiles
 from mla_triton.kernels.hopper.packed import CHUNK, as_bytes
 from mla_triton.kernels.hopper.schedule import deal, next_item
 
@@ -89,8 +89,24 @@ class Landing:
         self.GROUPS = gl.constexpr(GROUPS)
 
     @gluon.jit
+    def claim(self, count, NTH: gl.constexpr):
+        """Wait until half a (0) or b (1) may be loaded for the count-th tile; return its stage."""
+        if NTH == 0:
+            return self.tiles.claim_a(count)
+        else:
+            return self.tiles.claim_b(count)
+
+    @gluon.jit
+    def half(self, stage, NTH: gl.constexpr):
+        """Return half a (0) or b (1) of a stage, and the barrier of its bytes."""
+        if NTH == 0:
+            return self.tiles.a.index(stage), self.landed_a.index(stage)
+        else:
+            return self.tiles.b.index(stage), self.landed_b.index(stage)
+
+    @gluon.jit
     def copy_scales(self, half, cache, page, offset, is_live, NTH: gl.constexpr):
-        """Start copying the scales that the nth half of a tile needs; dead tokens' become zeros."""
+        """Start copying the scales that a half of a tile needs; dead tokens' become zeros."""
         source = cache.kv_scale_ptr + (
             page * cache.kv_scale_stride_p + offset * cache.kv_scale_stride_t
         )
@@ -100,101 +116,107 @@ class Landing:
             copy_async(_scales(half).index(i), source + group, mask=is_live)
 
     @gluon.jit
-    def load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count, WARPS: gl.constexpr):
-        """Start copying a tile that lies in one page, all of it live: through TMA, but scales."""
+    def load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count, NTH: gl.constexpr):
+        """Start copying half a tile that lies in one page, all of it live: through TMA, but scales."""
         HALF: gl.constexpr = self.tiles.a.shape[2]
-        flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         row = page * cache.kv_c_page_rows + start % cache.PAGE_SIZE
-        rope_row = page * cache.k_pe_page_rows + start % cache.PAGE_SIZE
-        offset = (start % cache.PAGE_SIZE + gl.arange(0, TILE, layout=flat)).to(gl.int64)
-        a = self.tiles.claim_a(count)
-        half_a = self.tiles.a.index(a)
-        landed_a = self.landed_a.index(a)
-        self.tiles.bias.index(a).store(gl.full([TILE], 0.0, gl.float32, flat))
-        mbarrier.expect(landed_a, TILE * (HALF + self.ROPE_BYTES))
+        stage = self.claim(count, NTH)
+        half, landed = self.half(stage, NTH)
+        if NTH == 0:
+            self.tiles.bias.index(stage).store(gl.full([TILE], 0.0, gl.float32, flat))
+            mbarrier.expect(landed, TILE * (HALF + self.ROPE_BYTES))
+            rope_row = page * cache.k_pe_page_rows + start % cache.PAGE_SIZE
+            rope = _rope_landing(self.tiles.rope.index(stage), self.ROPE_BYTES)
+            tma_load(k_pe_desc, [rope_row, 0], landed, rope)
+        else:
+            mbarrier.expect(landed, TILE * HALF)
         for chunk in gl.static_range(HALF // CHUNK):
-            bytes_a = _landing(half_a).index(HALF // CHUNK + chunk)
-            tma_load(kv_c_desc, [row, chunk * CHUNK], landed_a, bytes_a)
-        rope = _rope_landing(self.tiles.rope.index(a), self.ROPE_BYTES)
-        tma_load(k_pe_desc, [rope_row, 0], landed_a, rope)
-        self.copy_scales(half_a, cache, page.to(gl.int64), offset, offset >= 0, 0)
-        arrive_copied(landed_a)
-        b = self.tiles.claim_b(count)
-        half_b = self.tiles.b.index(b)
-        landed_b = self.landed_b.index(b)
-        mbarrier.expect(landed_b, TILE * HALF)
-        for chunk in gl.static_range(HALF // CHUNK):
-            bytes_b = _landing(half_b).index(HALF // CHUNK + chunk)
-            tma_load(kv_c_desc, [row, HALF + chunk * CHUNK], landed_b, bytes_b)
-        self.copy_scales(half_b, cache, page.to(gl.int64), offset, offset >= 0, 1)
-        arrive_copied(landed_b)
+            latent = _landing(half).index(HALF // CHUNK + chunk)
+            tma_load(kv_c_desc, [row, NTH * HALF + chunk * CHUNK], landed, latent)
+        if self.GROUPS > 0:
+            offset = (start % cache.PAGE_SIZE + gl.arange(0, TILE, layout=flat)).to(gl.int64)
+            self.copy_scales(half, cache, page.to(gl.int64), offset, offset >= 0, NTH)
+        arrive_copied(landed)
 
     @gluon.jit
-    def load_tokens(self, cache, page_begin, start, lowest, highest, count, WARPS: gl.constexpr):
-        """Start copying a tile token by token; dead tokens become zeros."""
+    def load_tokens(self, cache, item, start, count, NTH: gl.constexpr):
+        """Start copying half a tile token by token; dead tokens become zeros."""
         HALF: gl.constexpr = self.tiles.a.shape[2]
+        WARPS: gl.constexpr = gl.num_warps()
         LANES: gl.constexpr = self.ROPE_BYTES // 16
         wide: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
         narrow: gl.constexpr = gl.BlockedLayout([1, 16], [32 // LANES, LANES], [WARPS, 1], [1, 0])
         flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-        d = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, wide))
-        r = gl.arange(0, self.ROPE_BYTES, layout=gl.SliceLayout(0, narrow))
         token = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, wide))
-        page, offset, is_live = cache.find(page_begin, token, lowest, highest)
-        kv_c = as_bytes(cache.kv_c_ptr) + (
-            page * cache.kv_c_stride_p + offset * cache.kv_c_stride_t
-        )
-        token = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, narrow))
-        page, offset, has_key = cache.find(page_begin, token, lowest, highest)
-        k_pe = as_bytes(cache.k_pe_ptr) + (
-            page * cache.k_pe_stride_p + offset * cache.k_pe_stride_t
-        )
+        page, offset, is_live = cache.find(item.page_begin, token, item.lowest, item.highest)
+        d = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, wide))
+        kv_c = page * cache.kv_c_stride_p + offset * cache.kv_c_stride_t + NTH * HALF
+        kv_c = (as_bytes(cache.kv_c_ptr) + kv_c)[:, None] + d[None, :]
         token = start + gl.arange(0, TILE, layout=flat)
-        page, offset, has_bias = cache.find(page_begin, token, lowest, highest)
-        a = self.tiles.claim_a(count)
-        half_a = self.tiles.a.index(a)
-        landed_a = self.landed_a.index(a)
-        self.tiles.bias.index(a).store(gl.where(has_bias, 0.0, float("-inf")))
+        scale_page, scale_offset, has_bias = cache.find(item.page_begin, token, item.lowest, item.highest)
+        stage = self.claim(count, NTH)
+        half, landed = self.half(stage, NTH)
+        if NTH == 0:
+            self.tiles.bias.index(stage).store(gl.where(has_bias, 0.0, float("-inf")))
+            token = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, narrow))
+            page, offset, has_key = cache.find(item.page_begin, token, item.lowest, item.highest)
+            r = gl.arange(0, self.ROPE_BYTES, layout=gl.SliceLayout(0, narrow))
+            k_pe = page * cache.k_pe_stride_p + offset * cache.k_pe_stride_t
+            k_pe = (as_bytes(cache.k_pe_ptr) + k_pe)[:, None] + r[None, :]
+            rope = _rope_landing(self.tiles.rope.index(stage), self.ROPE_BYTES)
+            copy_async(rope, k_pe, mask=has_key[:, None])
         for chunk in gl.static_range(HALF // CHUNK):
-            bytes_a = _landing(half_a).index(HALF // CHUNK + chunk)
-            copy_async(bytes_a, kv_c[:, None] + (d + chunk * CHUNK)[None, :], mask=is_live[:, None])
-        rope = _rope_landing(self.tiles.rope.index(a), self.ROPE_BYTES)
-        copy_async(rope, k_pe[:, None] + r[None, :], mask=has_key[:, None])
-        self.copy_scales(half_a, cache, page, offset, has_bias, 0)
-        mbarrier.arrive(landed_a, count=1)
-        arrive_copied(landed_a)
-        b = self.tiles.claim_b(count)
-        half_b = self.tiles.b.index(b)
-        landed_b = self.landed_b.index(b)
-        for chunk in gl.static_range(HALF // CHUNK):
-            bytes_b = _landing(half_b).index(HALF // CHUNK + chunk)
-            source = kv_c[:, None] + (d + (HALF + chunk * CHUNK))[None, :]
-            copy_async(bytes_b, source, mask=is_live[:, None])
-        self.copy_scales(half_b, cache, page, offset, has_bias, 1)
-        mbarrier.arrive(landed_b, count=1)
-        arrive_copied(landed_b)
+            latent = _landing(half).index(HALF // CHUNK + chunk)
+            copy_async(latent, kv_c + chunk * CHUNK, mask=is_live[:, None])
+        self.copy_scales(half, cache, scale_page, scale_offset, has_bias, NTH)
+        mbarrier.arrive(landed, count=1)
+        arrive_copied(landed)
+
+    @gluon.jit
+    def load(self, cache, kv_c_desc, k_pe_desc, item, tile, count):
+        """Start copying a tile of a request."""
+        start = tile * TILE
+        if kv_c_desc is None:
+            self.load_tokens(cache, item, start, count, 0)
+            self.load_tokens(cache, item, start, count, 1)
+        else:
+            page = gl.load(cache.page_indices_ptr + item.page_begin + start // cache.PAGE_SIZE)
+            is_inside = (start >= item.lowest) & (start + TILE <= item.highest)
+            if is_inside & (page >= 0) & (page < cache.num_pages):
+                self.load_whole(cache, kv_c_desc, k_pe_desc, page, start, count, 0)
+                self.load_whole(cache, kv_c_desc, k_pe_desc, page, start, count, 1)
+            else:
+                self.load_tokens(cache, item, start, count, 0)
+                self.load_tokens(cache, item, start, count, 1)
 
     @gluon.jit
     def convert(self, count):
         """Convert the count-th tile, half by half, and hand it over."""
-        R: gl.constexpr = self.tiles.rope.shape[2]
-        LANES: gl.constexpr = self.ROPE_BYTES // 16
-        narrow: gl.constexpr = gl.BlockedLayout(
-            [1, 16], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0]
-        )
-        a = count % self.tiles.STAGES_A
-        mbarrier.wait(self.landed_a.index(a), (count // self.tiles.STAGES_A) & 1)
-        rope = self.tiles.rope.index(a)
-        if self.ROPE_BYTES == R:
-            key = _rope_landing(rope, self.ROPE_BYTES).load(narrow)
-            barrier()
-            rope.store(_to_fp16(key))
-        _convert_half(self.tiles.a.index(a), self.GROUPS)
-        mbarrier.arrive(self.tiles.full_a.index(a), count=1)
-        b = count % self.tiles.STAGES_B
-        mbarrier.wait(self.landed_b.index(b), (count // self.tiles.STAGES_B) & 1)
-        _convert_half(self.tiles.b.index(b), self.GROUPS)
-        mbarrier.arrive(self.tiles.full_b.index(b), count=1)
+        stage = count % self.tiles.STAGES_A
+        parity = (count // self.tiles.STAGES_A) & 1
+        half_a, landed_a = self.half(stage, 0)
+        mbarrier.wait(landed_a, parity)
+        if self.ROPE_BYTES == self.tiles.rope.shape[2]:
+            _convert_rope(self.tiles.rope.index(stage), self.ROPE_BYTES)
+        _convert_half(half_a, self.GROUPS)
+        mbarrier.arrive(self.tiles.full_a.index(stage), count=1)
+        half_b, landed_b = self.half(stage, 1)
+        mbarrier.wait(landed_b, parity)
+        _convert_half(half_b, self.GROUPS)
+        mbarrier.arrive(self.tiles.full_b.index(stage), count=1)
+
+
+@gluon.jit
+def _convert_rope(rope, ROPE_BYTES: gl.constexpr):
+    """Convert the rotary part of a tile in place."""
+    LANES: gl.constexpr = ROPE_BYTES // 16
+    narrow: gl.constexpr = gl.BlockedLayout(
+        [1, 16], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0]
+    )
+    key = _rope_landing(rope, ROPE_BYTES).load(narrow)
+    barrier()  # every warp has read what the stores go over
+    rope.store(_to_fp16(key))
 
 
 @gluon.jit
@@ -223,25 +245,25 @@ def allocate_landing(
     tiles, ROPE_BYTES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr
 ):
     """Initialise the barriers of bytes; a half has landed after so many arrivals."""
-    landed_a = gl.allocate_shared_memory(gl.int64, [tiles.STAGES_A, 1], mbarrier.MBarrierLayout())
-    landed_b = gl.allocate_shared_memory(gl.int64, [tiles.STAGES_B, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(tiles.STAGES_A):
+    STAGES: gl.constexpr = tiles.STAGES_A
+    landed_a = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    landed_b = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
         mbarrier.init(landed_a.index(stage), count=ARRIVALS)
-    for stage in gl.static_range(tiles.STAGES_B):
         mbarrier.init(landed_b.index(stage), count=ARRIVALS)
     return Landing(tiles, landed_a, landed_b, ROPE_BYTES, GROUPS)
 
 
 @gluon.jit
-def convert_partition(
-    task, cache, kv_c_desc, k_pe_desc, landing, M: gl.constexpr, WARPS: gl.constexpr
-):
-    """Convert the tiles of a worker's share, with the next one on its way."""
+def convert_partition(task, cache, kv_c_desc, k_pe_desc, landing, M: gl.constexpr):
+    """Convert the tiles of a worker's share, with the next one on its way.
+
+    A buffer is free again once its tile is used up, which is later than converted.
+    """
     batch, shares, num_heads = task.batch, task.shares, task.output.num_heads
     worker, block = task.worker, task.block
-    STAGES: gl.constexpr = landing.tiles.STAGES_A
-    loaded = worker * 0
-    converted = worker * 0
+    AHEAD: gl.constexpr = landing.tiles.STAGES_A - 1
+    count = worker * 0
     work = deal(batch, shares, worker)
     request = work.request
     begin = work.begin
@@ -249,30 +271,13 @@ def convert_partition(
     while (place < work.finish) & (request < batch.batch_size):
         item = next_item(batch, work, request, begin, place)
         if item.is_item & (block * M < item.q_len * num_heads):
-            tile_of_count = item.first - loaded  # of the count-th tile: this and the count
-            for tile in range(item.first - 1, item.last):
-                # A buffer is free again once its tile is used up, which is later than converted:
-                # at the very start there is room for one tile more.
-                stop = tile + STAGES
-                if tile >= item.first:
-                    landing.convert(converted)
-                    converted += 1
-                elif loaded == 0:
-                    stop += 1
-                stop = gl.minimum(stop, item.last)
-                loaded = load_tiles(
-                    cache,
-                    kv_c_desc,
-                    k_pe_desc,
-                    landing,
-                    item.page_begin,
-                    tile_of_count + loaded,
-                    stop,
-                    item.lowest,
-                    item.highest,
-                    loaded,
-                    WARPS,
-                )
+            for tile in range(item.first, gl.minimum(item.first + AHEAD, item.last)):
+                landing.load(cache, kv_c_desc, k_pe_desc, item, tile, count + tile - item.first)
+            for tile in range(item.first, item.last):
+                landing.convert(count)
+                if tile + AHEAD < item.last:
+                    landing.load(cache, kv_c_desc, k_pe_desc, item, tile + AHEAD, count + AHEAD)
+                count += 1
         begin = item.next_begin
         place = item.next_begin
         request += 1

@@ -204,7 +204,7 @@ def hopper_decode_kernel(
                 [
                     (left_partition, (task, rows, tiles, exchange, True)),
                     (right_partition, (task, rows, tiles, exchange)),
-                    (convert_partition, (task, cache, kv_c_desc, k_pe_desc, landing, M, LOADERS)),
+                    (convert_partition, (task, cache, kv_c_desc, k_pe_desc, landing, M)),
                 ],
                 [4, LOADERS],
                 [RIGHT_REGISTERS, LOADER_REGISTERS],
