@@ -173,8 +173,8 @@ def test_a_long_request_among_short_ones_is_merged_with_many_loads_at_once():
     schedule = hopper.make_schedule(request_of(16, 8, 100000, mean=20000), SMS)
     assert schedule.config["max_runs"] == 0
     assert schedule.num_kv_splits == 84
-    assert hopper._merge_launch(0, 84) == (1, 64, 16)
-    assert hopper._merge_launch(0, 4) == (2, 4, 4)
+    assert hopper._merge_launch(0, 84) == (1, 64, 8)
+    assert hopper._merge_launch(0, 4) == (2, 8, 4)
 
 
 def test_what_cannot_be_cut_has_no_partials():

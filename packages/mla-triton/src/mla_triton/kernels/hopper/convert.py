@@ -117,7 +117,7 @@ class Landing:
 
     @gluon.jit
     def load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count, NTH: gl.constexpr):
-        """Start copying half a tile that lies in one page, all of it live: through TMA, but scales."""
+        """Start copying half a tile, all live and in one page: through TMA, but scales."""
         HALF: gl.constexpr = self.tiles.a.shape[2]
         flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         row = page * cache.kv_c_page_rows + start % cache.PAGE_SIZE
@@ -154,7 +154,9 @@ class Landing:
         kv_c = page * cache.kv_c_stride_p + offset * cache.kv_c_stride_t + NTH * HALF
         kv_c = (as_bytes(cache.kv_c_ptr) + kv_c)[:, None] + d[None, :]
         token = start + gl.arange(0, TILE, layout=flat)
-        scale_page, scale_offset, has_bias = cache.find(item.page_begin, token, item.lowest, item.highest)
+        scale_page, scale_offset, has_bias = cache.find(
+            item.page_begin, token, item.lowest, item.highest
+        )
         stage = self.claim(count, NTH)
         half, landed = self.half(stage, NTH)
         if NTH == 0:
@@ -197,7 +199,7 @@ class Landing:
         parity = (count // self.tiles.STAGES_A) & 1
         half_a, landed_a = self.half(stage, 0)
         mbarrier.wait(landed_a, parity)
-        if self.ROPE_BYTES == self.tiles.rope.shape[2]:
+        if self.tiles.rope.shape[2] == self.ROPE_BYTES:
             _convert_rope(self.tiles.rope.index(stage), self.ROPE_BYTES)
         _convert_half(half_a, self.GROUPS)
         mbarrier.arrive(self.tiles.full_a.index(stage), count=1)
@@ -241,9 +243,7 @@ def _convert_half(half, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def allocate_landing(
-    tiles, ROPE_BYTES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr
-):
+def allocate_landing(tiles, ROPE_BYTES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr):
     """Initialise the barriers of bytes; a half has landed after so many arrivals."""
     STAGES: gl.constexpr = tiles.STAGES_A
     landed_a = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -13,7 +13,6 @@ follows its inputs, and neither a planning kernel nor the host takes part.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-
 from triton.language.extra.cuda import gdc_wait
 
 from mla_triton.kernels.hopper._gluon import aggregate
