@@ -19,18 +19,16 @@ tiles than ``mla_fusions`` chooses.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import itertools
-import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import tables
 import torch
 
-from mla_core.bench.ceilings import measure
 from mla_core.bench.timing import GraphClock, HostClock, summarise
-from mla_core.errors import MLAError
 from mla_core.reference import gemm, quant
 from mla_core.testing.assertions import relative_l2
 from mla_fusions import (
@@ -138,53 +136,45 @@ class Data:
 
 def main() -> int:
     """Print the table; return 1 when a product was wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tables.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--heads", nargs="+", type=int, default=HEADS)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--weights", nargs="+", default=WEIGHTS, choices=WEIGHTS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--configs", nargs="+", default=[""], metavar="NAME=NUMBER,...")
-    parser.add_argument("--json", help="file to write the results to, one list")
     options = parser.parse_args()
     device = torch.device(options.device)
-    ceiling = measure(device, "bf16", megabytes=None if device.type == "cuda" else 16).gbps
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"torch {torch.__version__} on {name}, {ceiling:.0f} GB/s at most")
-    print(
-        f"{'shape':<5} {'heads':>5} {'tokens':>6} {'weights':<10} {'bytes':>11} {'cold':>4} "
-        f"{'error':>8} {'us':>8} {'p10':>8} {'p90':>8} {'GB/s':>6} {'share':>6} {'bmm us':>8} "
-        f"{'speedup':>7}  config"
+    ceiling = tables.introduce(device)
+    cases = itertools.product(
+        options.shapes, options.heads, options.tokens, options.weights, options.configs
     )
-    results, is_right = [], True
-    for shape, heads, tokens in itertools.product(options.shapes, options.heads, options.tokens):
-        try:
-            bmm_us = timed_bmm(shape, heads, tokens, device)
-        except MLAError as exc:
-            print(f"{shape:<5} {heads:>5} {tokens:>6} bmm: {exc}")
-            continue
-        for weights, config in itertools.product(options.weights, options.configs):
-            case = f"{shape:<5} {heads:>5} {tokens:>6} {weights:<10}"
-            try:
-                result = measured(shape, heads, tokens, weights, config, device, ceiling, bmm_us)
-            except (MLAError, AssertionError) as exc:
-                print(f"{case} {exc}  {config}")
-                is_right = is_right and isinstance(exc, MLAError)
-                continue
-            results.append(result)
-            print(
-                f"{case} {result.bytes:>11} {'yes' if result.is_cold else 'no':>4} "
-                f"{result.error:>8.1e} {result.median_us:>8.2f} {result.p10_us:>8.2f} "
-                f"{result.p90_us:>8.2f} {result.weights_gbps:>6.0f} {result.share:>6.1%} "
-                f"{bmm_us:>8.2f} {result.speedup:>7.2f}  {config}",
-                flush=True,
-            )
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump([asdict(result) for result in results], file, indent=1)
-    return 0 if is_right else 1
+    # The same for all weights.
+    bmm = functools.cache(functools.partial(timed_bmm, device=device))
+    return tables.fill(
+        columns(options.configs),
+        cases,
+        lambda *case: measured(*case, device, ceiling, bmm(*case[:3])),
+        options.json,
+    )
+
+
+def columns(configs: Sequence[str]) -> tuple[tables.Column, ...]:
+    """Return the columns of the table; configurations have one if there are any."""
+    width = max(map(len, configs))
+    return (
+        ("shape", "<5", "shape"),
+        ("heads", ">5", "heads"),
+        ("tokens", ">6", "tokens"),
+        ("weights", "<10", "weights"),
+        *((("config", f"<{max(6, width)}", "config"),) if width else ()),
+        *tables.BYTES,
+        tables.ERROR,
+        *tables.TIMES,
+        ("GB/s", ">7.0f", "weights_gbps"),
+        tables.SHARE,
+        ("bmm us", ">9.2f", "bmm_us"),
+        ("speedup", ">7.2f", "speedup"),
+    )
 
 
 def draw(shape: str, heads: int, tokens: int, device: torch.device) -> Callable[[str], Data]:

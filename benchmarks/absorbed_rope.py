@@ -19,13 +19,12 @@ than ``MAX_SETS``: then the column ``cold`` says no. In the same run:
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+import tables
 import torch
 
 import mla_fusions
@@ -43,6 +42,22 @@ SAMPLES = 9
 LIMIT = 5e-3
 
 a8w8 = mla_fusions.batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant
+
+
+COLUMNS: tuple[tables.Column, ...] = (
+    ("heads", ">5", "heads"),
+    ("tokens", ">6", "tokens"),
+    ("weights", "<10", "weights"),
+    ("bytes", ">9", "weight_bytes"),
+    ("cold", ">4", "is_cold"),
+    tables.ERROR,
+    *tables.TIMES,
+    ("product", ">8.2f", "product_us"),
+    ("over", ">5.2f", "over"),
+    ("two", ">8.2f", "two_us"),
+    ("three", ">8.2f", "three_us"),
+    ("speedup", ">7.2f", "speedup"),
+)
 
 
 @dataclass(frozen=True)
@@ -183,44 +198,15 @@ class Data:
 
 def main() -> int:
     """Print the table; return 1 when a result was wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tables.parser(__doc__)
     parser.add_argument("--heads", nargs="+", type=int, default=HEADS)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--weights", nargs="+", default=WEIGHTS, choices=WEIGHTS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="file to write the results to, one list")
     options = parser.parse_args()
     device = torch.device(options.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"torch {torch.__version__} on {name}")
-    print(
-        f"{'heads':>5} {'tokens':>6} {'weights':<10} {'bytes':>9} {'cold':>4} {'error':>8} "
-        f"{'us':>8} {'p10':>8} {'p90':>8} {'product':>8} {'over':>5} {'two':>8} {'three':>8} "
-        f"{'speedup':>7}"
-    )
-    results, is_right = [], True
-    for heads, tokens, weights in itertools.product(options.heads, options.tokens, options.weights):
-        try:
-            result = measured(heads, tokens, weights, device)
-        except AssertionError as exc:
-            print(f"{heads:>5} {tokens:>6} {weights:<10} {exc}")
-            is_right = False
-            continue
-        results.append(result)
-        print(
-            f"{heads:>5} {tokens:>6} {weights:<10} {result.weight_bytes:>9} "
-            f"{'yes' if result.is_cold else 'no':>4} {result.error:>8.1e} "
-            f"{result.median_us:>8.2f} {result.p10_us:>8.2f} {result.p90_us:>8.2f} "
-            f"{result.product_us:>8.2f} {result.over:>5.2f} {result.two_us:>8.2f} "
-            f"{result.three_us:>8.2f} {result.speedup:>7.2f}",
-            flush=True,
-        )
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump([asdict(result) for result in results], file, indent=1)
-    return 0 if is_right else 1
+    tables.introduce(device)
+    cases = itertools.product(options.heads, options.tokens, options.weights)
+    return tables.fill(COLUMNS, cases, lambda *case: measured(*case, device), options.json)
 
 
 def measured(heads: int, tokens: int, weights: str, device: torch.device) -> Result:

@@ -17,22 +17,19 @@ program and warps that ``mla_fusions`` would not choose.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from unittest import mock
 
+import tables
 import torch
 
 from mla_core import LatentCache, MLADims, layouts, write_kv_cache
-from mla_core.bench.ceilings import measure
 from mla_core.bench.timing import GraphClock, HostClock, Summary, summarise
 from mla_core.dtypes import torch_dtype
-from mla_core.errors import MLAError
 from mla_fusions import rows
 
 LAYOUTS = (
@@ -44,6 +41,19 @@ MAX_SETS = 512
 SAMPLES = 9
 #: Where no other is known.
 CACHE_BYTES = 32 << 20
+
+
+COLUMNS: tuple[tables.Column, ...] = (
+    ("layout", "<18", "layout"),
+    ("tokens", ">6", "tokens"),
+    ("backend", "<10", "backend"),
+    ("schedule", ">8", "schedule"),
+    *tables.BYTES,
+    *tables.TIMES,
+    tables.RATE,
+    ("copy us", ">9.2f", "copy_us"),
+    tables.SHARE,
+)
 
 
 @dataclass(frozen=True)
@@ -93,50 +103,20 @@ class Data:
 
 def main() -> int:
     """Print the table; return 1 when a call wrote something else than the reference."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    has_gpu = torch.cuda.is_available()
+    parser = tables.parser(__doc__)
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=layouts.names())
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--backends", default="fusions")
-    parser.add_argument("--device", default="cuda" if has_gpu else "cpu")
     parser.add_argument(
         "--schedules", nargs="+", default=[""], metavar="BLOCK_T,NUM_WARPS", help="both powers of 2"
     )
-    parser.add_argument("--json", help="file to write the results to, one list")
     options = parser.parse_args()
     device = torch.device(options.device)
-    ceiling = measure(device, "bf16", megabytes=None if device.type == "cuda" else 16).gbps
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"torch {torch.__version__} on {name}, {ceiling:.0f} GB/s at most")
-    print(
-        f"{'layout':<18} {'tokens':>6}  {'backend':<10} {'schedule':>8} {'bytes':>11} {'cold':>4} "
-        f"{'us':>9} {'p10':>9} {'p90':>9} {'GB/s':>7} {'copy us':>9} {'share':>6}"
-    )
-    results, is_right = [], True
-    for layout, tokens, backend, schedule in itertools.product(
+    ceiling = tables.introduce(device)
+    cases = itertools.product(
         options.layouts, options.tokens, options.backends.split(","), options.schedules
-    ):
-        try:
-            with scheduled(rows.Rows, schedule):
-                result = measured(layout, tokens, backend, schedule, device, ceiling)
-        except (MLAError, AssertionError) as exc:
-            print(f"{layout:<18} {tokens:>6}  {backend:<10} {exc}")
-            is_right = is_right and isinstance(exc, MLAError)
-            continue
-        results.append(result)
-        print(
-            f"{layout:<18} {tokens:>6}  {backend:<10} {schedule:>8} {result.bytes:>11} "
-            f"{'yes' if result.is_cold else 'no':>4} {result.median_us:>9.2f} "
-            f"{result.p10_us:>9.2f} {result.p90_us:>9.2f} {result.gbps:>7.0f} "
-            f"{result.copy_us:>9.2f} {result.share:>6.1%}",
-            flush=True,
-        )
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump([asdict(result) for result in results], file, indent=1)
-    return 0 if is_right else 1
+    )
+    return tables.fill(COLUMNS, cases, lambda *case: measured(*case, device, ceiling), options.json)
 
 
 @contextmanager
@@ -155,11 +135,12 @@ def measured(
 ) -> Result:
     """Check one case and time it."""
     first = next(data_sets(layout, tokens, device, 1))
-    check(first, backend)
     num_bytes = first.num_bytes
     num_sets, is_cold = sets_for(num_bytes, device)
-    sets = list(data_sets(layout, tokens, device, num_sets))
-    summary, copied = timed(lambda i: sets[i].write(backend), num_bytes, num_sets, device)
+    with scheduled(rows.Rows, schedule):
+        check(first, backend)
+        sets = list(data_sets(layout, tokens, device, num_sets))
+        summary, copied = timed(lambda i: sets[i].write(backend), num_bytes, num_sets, device)
     gbps = num_bytes / summary.median * 1e-3
     return Result(
         layout,

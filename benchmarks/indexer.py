@@ -13,18 +13,16 @@ for each token.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+import tables
 import torch
 from cache_writes import sets_for, timed
 
 from mla_core import LatentCache, MLADims
 from mla_core.arch import arch_of
-from mla_core.bench.ceilings import measure
 from mla_core.dtypes import fp8_of_arch, torch_dtype
 from mla_core.reference import indexer, quant
 from mla_core.testing.assertions import relative_l2
@@ -36,6 +34,18 @@ WIDTH, ROPE, POSITIONS, PAGE_SIZE, EPS = 128, 64, 8192, 64, 1e-6
 WEIGHTS_SCALE = WIDTH**-0.5
 #: Largest relative L2 error that fp8 explains.
 LIMIT = 5e-2
+
+
+COLUMNS: tuple[tables.Column, ...] = (
+    ("tokens", ">6", "tokens"),
+    ("heads", ">5", "heads"),
+    *tables.BYTES,
+    tables.ERROR,
+    *tables.TIMES,
+    tables.RATE,
+    ("copy us", ">9.2f", "copy_us"),
+    tables.SHARE,
+)
 
 
 @dataclass(frozen=True)
@@ -125,43 +135,20 @@ class Data:
 
 def main() -> int:
     """Print the table; return 1 when a result was wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tables.parser(__doc__)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--heads", nargs="+", type=int, default=HEADS)
     parser.add_argument("--preshuffle", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="file to write the results to, one list")
     options = parser.parse_args()
     device = torch.device(options.device)
-    ceiling = measure(device, "bf16", megabytes=None if device.type == "cuda" else 16).gbps
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"torch {torch.__version__} on {name}, {ceiling:.0f} GB/s at most")
-    print(
-        f"{'tokens':>6} {'heads':>5} {'bytes':>11} {'cold':>4} {'error':>8} {'us':>9} {'p10':>9} "
-        f"{'p90':>9} {'GB/s':>7} {'copy us':>9} {'share':>6}"
+    ceiling = tables.introduce(device)
+    cases = itertools.product(options.tokens, options.heads)
+    return tables.fill(
+        COLUMNS,
+        cases,
+        lambda *case: measured(*case, options.preshuffle, device, ceiling),
+        options.json,
     )
-    results, is_right = [], True
-    for tokens, heads in itertools.product(options.tokens, options.heads):
-        try:
-            result = measured(tokens, heads, options.preshuffle, device, ceiling)
-        except AssertionError as exc:
-            print(f"{tokens:>6} {heads:>5} {exc}")
-            is_right = False
-            continue
-        results.append(result)
-        print(
-            f"{tokens:>6} {heads:>5} {result.bytes:>11} {'yes' if result.is_cold else 'no':>4} "
-            f"{result.error:>8.1e} {result.median_us:>9.2f} {result.p10_us:>9.2f} "
-            f"{result.p90_us:>9.2f} {result.gbps:>7.0f} {result.copy_us:>9.2f} "
-            f"{result.share:>6.1%}",
-            flush=True,
-        )
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump([asdict(result) for result in results], file, indent=1)
-    return 0 if is_right else 1
 
 
 def measured(

@@ -27,22 +27,19 @@ same run.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from unittest import mock
 
+import tables
 import torch
 from cache_writes import sets_for
 from torch.nn import functional
 
 from mla_core import LatentCache, MLADims
-from mla_core.bench.ceilings import measure
 from mla_core.bench.timing import GraphClock, HostClock, Summary, summarise
-from mla_core.errors import MLAError
 from mla_core.reference.norm import rms_norm
 from mla_core.testing.assertions import relative_l2
 from mla_fusions import MLAEpilogue, MLAPrologue, layer
@@ -60,6 +57,23 @@ NARROW = 64
 #: Tokens of a call that are checked.
 CHECKED = 64
 SAMPLES = 9
+
+
+COLUMNS: tuple[tables.Column, ...] = (
+    ("part", "<8", "part"),
+    ("heads", ">5", "heads"),
+    ("tokens", ">6", "tokens"),
+    ("weights", "<7", "weights"),
+    *tables.BYTES,
+    tables.ERROR,
+    *tables.TIMES,
+    tables.RATE,
+    tables.SHARE,
+    ("one", ">8.2f", "one_us"),
+    ("two", ">8.2f", "two_us"),
+    ("torch", ">8.2f", "torch_us"),
+    ("speedup", ">7.2f", "speedup"),
+)
 
 
 @dataclass(frozen=True)
@@ -249,51 +263,16 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 def main() -> int:
     """Print the table; return 1 when a result was wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tables.parser(__doc__)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--heads", nargs="+", type=int, default=HEADS)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--weights", nargs="+", default=["plain", "fp8"], choices=list(WEIGHTS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="file to write the results to, one list")
     options = parser.parse_args()
     device = torch.device(options.device)
-    ceiling = measure(device, "bf16", megabytes=None if device.type == "cuda" else 16).gbps
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"torch {torch.__version__} on {name}, {ceiling:.0f} GB/s at most")
-    print(
-        f"{'part':<8} {'heads':>5} {'tokens':>6} {'weights':<7} {'bytes':>11} {'cold':>4} "
-        f"{'error':>8} {'us':>8} {'p10':>8} {'p90':>8} {'GB/s':>6} {'share':>6} {'one':>8} "
-        f"{'two':>8} {'torch':>8} {'speedup':>7}"
-    )
-    results, is_right = [], True
-    for part, heads, tokens, weights in itertools.product(
-        options.parts, options.heads, options.tokens, options.weights
-    ):
-        start = f"{part:<8} {heads:>5} {tokens:>6} {weights:<7}"
-        try:
-            result = measured(part, heads, tokens, weights, device, ceiling)
-        except (MLAError, AssertionError) as exc:
-            print(start, exc)
-            is_right = is_right and isinstance(exc, MLAError)
-            continue
-        results.append(result)
-        both = (
-            f"{'' if us is None else format(us, '.2f'):>8}" for us in (result.one_us, result.two_us)
-        )
-        print(
-            f"{start} {result.bytes:>11} {'yes' if result.is_cold else 'no':>4} "
-            f"{result.error:>8.1e} {result.median_us:>8.2f} {result.p10_us:>8.2f} "
-            f"{result.p90_us:>8.2f} {result.gbps:>6.0f} {result.share:>6.1%} {' '.join(both)} "
-            f"{result.torch_us:>8.2f} {result.speedup:>7.2f}",
-            flush=True,
-        )
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump([asdict(result) for result in results], file, indent=1)
-    return 0 if is_right else 1
+    ceiling = tables.introduce(device)
+    cases = itertools.product(options.parts, options.heads, options.tokens, options.weights)
+    return tables.fill(COLUMNS, cases, lambda *case: measured(*case, device, ceiling), options.json)
 
 
 def measured(

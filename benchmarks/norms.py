@@ -20,17 +20,15 @@ random, pages of 64 tokens or as many as the layout needs. Then ``apart`` takes 
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+import tables
 import torch
 
 from mla_core import LatentCache, MLADims, layouts
-from mla_core.bench.ceilings import measure
 from mla_core.bench.timing import GraphClock, HostClock, summarise
 from mla_core.reference import quant
 from mla_core.reference.norm import rms_norm
@@ -50,6 +48,20 @@ KEY_ERROR, KEY_ERROR_FP4 = 5e-2, 2e-1
 TOKENS = (1, 16, 128, 1024, 4096, 16384)
 MAX_SETS = 512
 SAMPLES = 9
+
+
+COLUMNS: tuple[tables.Column, ...] = (
+    ("kind", "<10", "kind"),
+    ("layout", "<16", "layout"),
+    ("tokens", ">6", "tokens"),
+    *tables.BYTES,
+    tables.ERROR,
+    *tables.TIMES,
+    tables.RATE,
+    tables.SHARE,
+    ("torch us", ">9.2f", "torch_us"),
+    ("apart us", ">9.2f", "apart_us"),
+)
 
 
 @dataclass(frozen=True)
@@ -220,48 +232,22 @@ class Data:
 
 def main() -> int:
     """Print the table; return 1 when a result was wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tables.parser(__doc__)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     named = [name for name in layouts.names() if layouts.get(name).only is None]
     parser.add_argument("--layouts", nargs="+", default=[""], choices=named, metavar="LAYOUT")
     parser.add_argument("--residual", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="file to write the results to, one list")
     options = parser.parse_args()
     device = torch.device(options.device)
-    ceiling = measure(device, "bf16", megabytes=None if device.type == "cuda" else 16).gbps
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"torch {torch.__version__} on {name}, {ceiling:.0f} GB/s at most")
-    print(
-        f"{'kind':<10} {'layout':<16} {'tokens':>6} {'bytes':>11} {'cold':>4} {'error':>8} "
-        f"{'us':>8} {'p10':>8} {'p90':>8} {'GB/s':>6} {'share':>6} {'torch us':>9} {'apart us':>9}"
+    ceiling = tables.introduce(device)
+    cases = itertools.product(options.kinds, options.layouts, options.tokens)
+    return tables.fill(
+        COLUMNS,
+        cases,
+        lambda *case: measured(*case, options.residual, device, ceiling),
+        options.json,
     )
-    results, is_right = [], True
-    for kind, layout, tokens in itertools.product(options.kinds, options.layouts, options.tokens):
-        start = f"{kind:<10} {layout:<16} {tokens:>6}"
-        try:
-            result = measured(kind, layout, tokens, options.residual, device, ceiling)
-        except AssertionError as exc:
-            print(start, exc)
-            is_right = False
-            continue
-        results.append(result)
-        rivals = (result.torch_us, result.apart_us)
-        in_torch, apart = ("" if rival is None else f"{rival:.2f}" for rival in rivals)
-        print(
-            f"{start} {result.bytes:>11} {'yes' if result.is_cold else 'no':>4} "
-            f"{result.error:>8.1e} {result.median_us:>8.2f} {result.p10_us:>8.2f} "
-            f"{result.p90_us:>8.2f} {result.gbps:>6.0f} {result.share:>6.1%} {in_torch:>9} "
-            f"{apart:>9}",
-            flush=True,
-        )
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump([asdict(result) for result in results], file, indent=1)
-    return 0 if is_right else 1
 
 
 def measured(

@@ -17,29 +17,41 @@ warps that ``mla_fusions`` would not choose.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
+import tables
 import torch
-from cache_writes import compare, scheduled, sets_for, timed
+from cache_writes import compare, sets_for, timed
 
 from mla_core import LatentCache, MLADims, layouts
 from mla_core.arch import arch_of
-from mla_core.bench.ceilings import measure
 from mla_core.dtypes import fp8_of_arch, torch_dtype
-from mla_core.errors import MLAError
 from mla_core.reference.cache_ops import store
 from mla_core.reference.rope import rope
-from mla_fusions import fused_qk_rope_write_kv_cache, rotation
+from mla_fusions import fused_qk_rope_write_kv_cache
 
 LAYOUTS = ("bf16", "fp8", "fp8_ds656")
 TOKENS = (1, 16, 128, 1024, 4096)
 HEADS = (16, 128)
 RANK, ROPE, NOPE, POSITIONS = 512, 64, 128, 8192
+
+
+COLUMNS: tuple[tables.Column, ...] = (
+    ("layout", "<16", "layout"),
+    ("q", "<4", "queries"),
+    ("tokens", ">6", "tokens"),
+    ("heads", ">5", "heads"),
+    ("schedule", ">8", "schedule"),
+    *tables.BYTES,
+    *tables.TIMES,
+    tables.RATE,
+    ("copy us", ">9.2f", "copy_us"),
+    tables.SHARE,
+)
 
 
 @dataclass(frozen=True)
@@ -127,54 +139,27 @@ class Data:
 
 def main() -> int:
     """Print the table; return 1 when a call wrote something else than the reference."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    has_gpu = torch.cuda.is_available()
+    parser = tables.parser(__doc__)
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=layouts.names())
     parser.add_argument("--queries", nargs="+", default=["bf16"], choices=("bf16", "fp8"))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--heads", nargs="+", type=int, default=HEADS)
     parser.add_argument("--neox", action="store_true", help="pair halves, not neighbours")
     parser.add_argument("--sliced", action="store_true", help="slices of wider projections")
-    parser.add_argument("--device", default="cuda" if has_gpu else "cpu")
     parser.add_argument(
         "--schedules", nargs="+", default=[""], metavar="BLOCK_H,NUM_WARPS", help="both powers of 2"
     )
-    parser.add_argument("--json", help="file to write the results to, one list")
     options = parser.parse_args()
     device = torch.device(options.device)
-    ceiling = measure(device, "bf16", megabytes=None if device.type == "cuda" else 16).gbps
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"torch {torch.__version__} on {name}, {ceiling:.0f} GB/s at most")
-    print(
-        f"{'layout':<16} {'q':<4} {'tokens':>6} {'heads':>5} {'schedule':>8} {'bytes':>11} "
-        f"{'cold':>4} {'us':>9} {'p10':>9} {'p90':>9} {'GB/s':>7} {'copy us':>9} {'share':>6}"
-    )
-    results, is_right = [], True
-    for layout, queries, tokens, heads, schedule in itertools.product(
+    ceiling = tables.introduce(device)
+    cases = itertools.product(
         options.layouts, options.queries, options.tokens, options.heads, options.schedules
-    ):
-        start = f"{layout:<16} {queries:<4} {tokens:>6} {heads:>5} {schedule:>8}"
-        case = (layout, queries, tokens, heads, options.neox, options.sliced)
-        try:
-            with scheduled(rotation, schedule):
-                result = measured(*case, schedule, device, ceiling)
-        except (MLAError, AssertionError) as exc:
-            print(start, exc)
-            is_right = is_right and isinstance(exc, MLAError)
-            continue
-        results.append(result)
-        print(
-            f"{start} {result.bytes:>11} {'yes' if result.is_cold else 'no':>4} "
-            f"{result.median_us:>9.2f} {result.p10_us:>9.2f} {result.p90_us:>9.2f} "
-            f"{result.gbps:>7.0f} {result.copy_us:>9.2f} {result.share:>6.1%}",
-            flush=True,
-        )
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump([asdict(result) for result in results], file, indent=1)
-    return 0 if is_right else 1
+    )
+
+    def run(*case: Any) -> Result:
+        return measured(*case, options.neox, options.sliced, device, ceiling)
+
+    return tables.fill(COLUMNS, cases, run, options.json)
 
 
 def measured(
@@ -182,9 +167,9 @@ def measured(
     queries: str,
     tokens: int,
     heads: int,
+    schedule: str,
     is_neox: bool,
     is_sliced: bool,
-    schedule: str,
     device: torch.device,
     ceiling: float,
 ) -> Result:

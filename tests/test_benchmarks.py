@@ -21,6 +21,7 @@ SCRIPTS = {
     "absorbed": (["--shapes", "uk", *FEW, "--weights", "bf16", "mxfp4"], 2),
     "absorbed_rope": ([*FEW, "--weights", "fp8"], 1),
     "cache_writes": (["--tokens", "3", "--layouts", "bf16", "fp8_ds656"], 2),
+    "indexer": (FEW, 1),
     "layer": ([*FEW, "--weights", "plain", "fp8", "mxfp4"], 9),
     "norms": (["--tokens", "3", "--kinds", "per_1x128"], 1),
     "rope_cache_writes": ([*FEW, "--layouts", "bf16"], 1),
@@ -43,7 +44,7 @@ def script(monkeypatch):
         return module
 
     yield load
-    for name in {*SCRIPTS} & (set(sys.modules) - before):
+    for name in {*SCRIPTS, "tables"} & (set(sys.modules) - before):
         del sys.modules[name]
 
 
