@@ -28,6 +28,13 @@ def cast_kernel(x_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + n, tl.load(x_ptr + n).to(out_ptr.dtype.element_ty))
 
 
+@triton.jit
+def fma_kernel(x_ptr, y_ptr, z_ptr, out_ptr, N: tl.constexpr):
+    n = tl.arange(0, N)
+    sums = tl.fma(tl.load(x_ptr + n), tl.load(y_ptr + n), tl.load(z_ptr + n))
+    tl.store(out_ptr + n, sums)
+
+
 @triton.autotune([triton.Config({"BLOCK": 16}), triton.Config({"BLOCK": 32})], key=["length"])
 @triton.jit
 def tuned_copy_kernel(x_ptr, out_ptr, length, BLOCK: tl.constexpr):

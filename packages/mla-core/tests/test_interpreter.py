@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -67,6 +69,39 @@ def test_fp8_cast_saturates_and_keeps_nan(kernels):
     assert out.float()[3].isnan()
 
 
+def test_fma_rounds_once(kernels):
+    # Exactly, as fractions, on random numbers that cancel, on ties, and on what is not finite.
+    x, y = torch.randn(2, 1000)
+    z = -(x * y) * (1 + 2.0 ** torch.randint(-30, 3, (1000,)))
+    x[:3], y[:3] = 1 + 2.0**-12, 1 + 2.0**-12
+    z[:3] = torch.tensor([2.0**-60, -(2.0**-60), 0.0])
+    x[3], z[4], y[5] = float("inf"), float("nan"), 0.0
+    z[5], x[6:8], z[6:8] = 0.0, 3e38, torch.tensor([float("-inf"), -3e38])
+    y[6:8], z[8] = 2.0, 1e-45
+    x[8:10], y[8:10] = 1e-30, -1e-30
+    z = torch.cat([z, torch.zeros(24)])
+    x, y = (torch.nn.functional.pad(each, (0, 24)) for each in (x, y))
+    out = torch.zeros(1024)
+    kernels.fma_kernel[(1,)](x, y, z, out, N=1024)
+    for got, *terms in zip(out.tolist(), x.tolist(), y.tolist(), z.tolist(), strict=True):
+        a, b, c = terms
+        if not all(map(math.isfinite, terms)):
+            expected = a * b + c
+            assert got == expected or (math.isnan(got) and math.isnan(expected))
+            continue
+        exact = Fraction(a) * Fraction(b) + Fraction(c)
+        # Nothing of fp32 is closer; of two that are as close, the even one.
+        bits = torch.tensor(got).view(torch.int32).item()
+        near = torch.tensor([bits - 1, bits, bits + 1], dtype=torch.int32).view(torch.float32)
+        if math.isinf(got):
+            assert abs(exact) >= Fraction(2**128 - 2**103)
+            continue
+        error = abs(Fraction(got) - exact)
+        others = [abs(Fraction(each) - exact) for each in near.tolist() if math.isfinite(each)]
+        assert error <= min(others)
+        assert error == 0 or others.count(error) == 1 or bits % 2 == 0
+
+
 def test_widening_is_exact(kernels):
     x = torch.cat([torch.randn(60), torch.tensor([0.0, -0.0, 1e-40, float("inf")])]).bfloat16()
     out = torch.zeros(64)
@@ -118,6 +153,13 @@ def test_upstream_still_needs_the_repairs(kernels):
     zeros = triton_interpreter.TensorHandle(torch.zeros(16, 16).numpy(), tl.float32)
     assert upstream_dot(None, ones, ones, zeros, None, 0).data[0, 0] != 16.0
     assert builder.create_dot(None, ones, ones, zeros, None, 0).data[0, 0] == 16.0
+
+    upstream_fma = inspect.unwrap(builder.create_fma)
+    assert upstream_fma is not builder.create_fma
+    x = triton_interpreter.TensorHandle(torch.tensor([1 + 2.0**-12]).numpy(), tl.float32)
+    z = triton_interpreter.TensorHandle(torch.tensor([-1 - 2.0**-11]).numpy(), tl.float32)
+    assert upstream_fma(None, x, x, z).data[0] == 0.0
+    assert builder.create_fma(None, x, x, z).data[0] == 2.0**-24
 
 
 def test_upstream_still_refuses_fnuz(kernels, monkeypatch):

@@ -1,13 +1,14 @@
 """Make Triton's CPU interpreter compute what a GPU computes.
 
-``TRITON_INTERPRET=1`` runs kernels on CPU tensors, but Triton 3.6 to 3.9 get four things wrong:
+``TRITON_INTERPRET=1`` runs kernels on CPU tensors, but Triton 3.6 to 3.9 get five things wrong:
 
 - ``tl.dot`` on bf16 or fp8 operands multiplies their raw bit patterns;
 - casts to bf16 and fp8 truncate instead of rounding to the nearest even value;
+- ``tl.fma`` rounds its product before it adds;
 - pointers to fnuz flavours of fp8 are refused, although their numbers convert;
 - ``triton.autotune`` with two or more configurations asks for a GPU driver.
 
-`enable` switches the interpreter on and repairs these. The first three patches replace private
+`enable` switches the interpreter on and repairs these. The first four patches replace private
 functions of ``triton.runtime.interpreter``; when a release renames them, `enable` raises and names
 the release. What stays wrong is bf16 arithmetic other than ``tl.dot``: kernels convert with
 ``.to(tl.float32)`` right after a load.
@@ -58,6 +59,7 @@ def enable() -> None:
         ) from exc
     _require_loops(triton.__version__)
     _patch(interpreter.InterpreterBuilder, "create_dot", _dot_on_values)
+    _patch(interpreter.InterpreterBuilder, "create_fma", _rounded_once)
     _patch(interpreter, "_convert_float", _convert_to_nearest)
     _patch(interpreter, "_patch_lang_core", _with_fnuz_types)
     if not callable(getattr(driver, "set_active", None)):
@@ -123,6 +125,30 @@ def _dot_on_values(upstream: Callable[..., Any]) -> Callable[..., Any]:
         return upstream(self, widen(a), widen(b), *rest, **named)
 
     return create_dot
+
+
+def _rounded_once(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Round ``x * y + z`` of fp32 once, to nearest even."""
+    from triton.runtime.interpreter import TensorHandle
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.dtype.scalar.name != "fp32":
+            return upstream(self, x, y, z)
+        a = np.asarray(z.data, np.float64)
+        # Products are exact in fp64. A sum that is not is rounded to the neighbour whose last bit
+        # is 1: that bit is far below fp32's, and tells on which side of a tie the sum lies.
+        with np.errstate(all="ignore"):
+            product = np.multiply(x.data, y.data, dtype=np.float64)
+            total = np.asarray(product + a)
+            other = total - product
+            lost = (product - (total - other)) + (a - other)
+            is_even = total.view(np.int64) & 1 == 0
+            is_rounded = np.isfinite(total) & (lost != 0) & is_even
+            odd = np.nextafter(total, np.where(lost > 0, np.inf, -np.inf))
+            result = np.where(is_rounded, odd, total).astype(np.float32)
+        return TensorHandle(result, z.dtype.scalar)
+
+    return create_fma
 
 
 def _convert_to_nearest(upstream: Callable[..., Any]) -> Callable[..., Any]:

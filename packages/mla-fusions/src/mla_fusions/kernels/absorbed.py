@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from mla_fusions.kernels._quantise import fp8_codes, fp32_scales
+from mla_fusions.kernels._quantise import fp8_codes, fp8_quotients, fp32_scales
 
 #: Kinds of operands.
 PLAIN = tl.constexpr(0)
@@ -140,7 +140,7 @@ def product_of_fp8(x, w, BIAS: tl.constexpr, IS_NATIVE: tl.constexpr):
     K: tl.constexpr = x.shape[1]
     groups = tl.reshape(x, (M, 1, K))
     scales = fp32_scales(groups, BIAS, MIN_AMAX)
-    codes = fp8_codes(tl.div_rn(groups, scales[:, :, None]), BIAS, IS_NATIVE)
+    codes = fp8_quotients(groups, scales[:, :, None], BIAS, IS_NATIVE, True)
     codes = tl.reshape(codes, (M, K))
     if IS_NATIVE:
         if BIAS == 7:

@@ -13,7 +13,7 @@ import triton
 from triton import language as tl
 
 from mla_fusions.kernels._norm import inverse_root, normed, row_sums
-from mla_fusions.kernels._quantise import fp8_codes, fp32_scales
+from mla_fusions.kernels._quantise import fp8_quotients, fp32_scales
 from mla_fusions.kernels.absorbed import FP8, MIN_AMAX, MXFP4, halves, mxfp4_codes
 
 
@@ -67,7 +67,7 @@ def norm_query(
         codes = codes_ptr + token * codes_stride_t
         if QUANT == FP8:
             factors = fp32_scales(y, BIAS, MIN_AMAX)
-            values = fp8_codes(tl.div_rn(y, factors[:, :, None]), BIAS, IS_NATIVE)
+            values = fp8_quotients(y, factors[:, :, None], BIAS, IS_NATIVE, True)
             tl.store(codes + e, values, mask=mask)
             tl.store(scales, factors, mask=is_group)
         else:
