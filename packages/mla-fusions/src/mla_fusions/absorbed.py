@@ -109,6 +109,13 @@ def choose_tiles(
     warps = 8 if block_m * block_n > 64 * 64 else max(2, min(4, block_m * block_n // 256))
     step_bytes = block_k * (2 * block_m + bits * block_n // 8)
     steps, room = -(-k // (splits * block_k)), _BUFFER_BYTES.get(arch, 64 << 10) // step_bytes
+    if arch == "sm90":
+        # Copies into shared memory are all under way before one is waited for, which takes a second
+        # stage even if there is one step.
+        steps = max(steps, 2)
+        if programs < 2 * _MIN_PROGRAMS:
+            # Too few to hide what others do: more threads take a tile.
+            warps = max(warps, 8 if block_m >= 64 else 4)
     stages = min(_MAX_STAGES.get(arch, 3), steps, room)
     return Tiles(block_m, block_n, block_k, splits, warps, max(1, stages))
 
@@ -620,6 +627,7 @@ class Product:
         constants: dict[str, object] = {
             "N": y.shape[2],
             "K": self.k,
+            "IN_WORDS": self._are_words(tiles.block_k),
             "SPLIT_K": tiles.cut(self.k)[1],
             "IS_SPLIT": sums is not None,
             "X_KIND": self.x_kind,
@@ -627,6 +635,8 @@ class Product:
             "BIAS": w_bias or 7,
             "IS_NATIVE": rows.NATIVE_FP8.get(arch) == w_fp8,
             "HAS_SCALED_DOT": arch in _SCALED_DOT,
+            "HAS_PTX": arch.startswith("sm"),
+            "IS_ONE_TILE": y.shape[1] <= tiles.block_m,
             "Y_BIAS": y_bias,
             "Y_IS_NATIVE": rows.NATIVE_FP8.get(arch) == y_fp8,
             "BLOCK_M": tiles.block_m,
@@ -634,6 +644,15 @@ class Product:
             "BLOCK_K": tiles.block_k,
         }
         return args, constants
+
+
+    def _are_words(self, block_k: int) -> bool:
+        """Return whether the weights' scales of each step are words of four, all of them there."""
+        if self.w_scales is None:
+            return False
+        group, strides = _GROUP[self.w_kind], self.w_scales.stride()[:2]
+        is_aligned = not any(place % 4 for place in (self.w_scales.data_ptr(), *strides))
+        return is_aligned and self.k % block_k == 0 and block_k % (4 * group) == 0
 
 
 def _as_bytes_of_fp8(tensor: torch.Tensor) -> tuple[torch.Tensor, str, int]:

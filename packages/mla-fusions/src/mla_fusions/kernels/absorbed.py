@@ -118,13 +118,93 @@ def per_element(scales, COUNT: tl.constexpr):
 
 
 @triton.jit
-def widened(packed, scales, COUNT: tl.constexpr, dtype: tl.constexpr):
+def unpacked(packed, scales):
+    """Return what `widened` does, in bf16, with scales bf16 like ``packed``; NVIDIA's chips alone.
+
+    Registers hold two elements: codes move to where bf16 has its exponent and mantissa, as in
+    `e2m1_values`, and are multiplied, in about three instructions for an element, not ten.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 first, last, unit, a, b, c, d;
+        mov.b32 unit, 0x7E807E80;
+        prmt.b32 first, $4, 0, 0x1404;
+        prmt.b32 last, $4, 0, 0x3424;
+        shr.b32 a, first, 2;
+        shr.b32 b, last, 2;
+        shr.b32 c, first, 6;
+        shr.b32 d, last, 6;
+        and.b32 a, a, 0x01C001C0;
+        and.b32 b, b, 0x01C001C0;
+        and.b32 c, c, 0x01C001C0;
+        and.b32 d, d, 0x01C001C0;
+        lop3.b32 c, first, 0x80008000, c, 0xEA;
+        lop3.b32 d, last, 0x80008000, d, 0xEA;
+        shl.b32 first, first, 4;
+        shl.b32 last, last, 4;
+        lop3.b32 a, first, 0x80008000, a, 0xEA;
+        lop3.b32 b, last, 0x80008000, b, 0xEA;
+        mul.rn.bf16x2 a, a, unit;
+        mul.rn.bf16x2 b, b, unit;
+        mul.rn.bf16x2 c, c, unit;
+        mul.rn.bf16x2 d, d, unit;
+        mul.rn.bf16x2 $0, a, $5;
+        mul.rn.bf16x2 $1, b, $6;
+        mul.rn.bf16x2 $2, c, $5;
+        mul.rn.bf16x2 $3, d, $6;
+        }""",
+        "=r,=r,=r,=r,r,r,r",
+        [packed, scales],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def widened(packed, scales, COUNT: tl.constexpr, dtype: tl.constexpr, HAS_PTX: tl.constexpr):
     """Return the even and the odd elements of packed e2m1 times fp32 scales of ``COUNT`` bytes."""
-    codes = packed.to(tl.int32)
-    scales = per_element(scales, COUNT)
-    low = e2m1_values(codes & 15) * scales
-    high = e2m1_values(codes >> 4) * scales
-    return low.to(dtype), high.to(dtype)
+    if HAS_PTX and dtype == tl.bfloat16:
+        low, high = unpacked(packed, per_element(scales.to(tl.bfloat16), COUNT))
+    else:
+        codes = packed.to(tl.int32)
+        scales = per_element(scales, COUNT)
+        low = (e2m1_values(codes & 15) * scales).to(dtype)
+        high = (e2m1_values(codes >> 4) * scales).to(dtype)
+    return low, high
+
+
+@triton.jit
+def interleaved(even, odd):
+    """Return [ROWS, 2 * COLUMNS] of even and odd columns, the inverse of `halves`."""
+    return tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
+
+
+@triton.jit
+def load_scales(
+    rows,  # [ROWS, 1]
+    is_row,
+    first,
+    GROUPS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    IN_WORDS: tl.constexpr,
+):
+    """Load bytes [ROWS, GROUPS] of scales, the ``first`` ones and those that follow.
+
+    ``IN_WORDS`` says that four at a time are aligned and all there. As bytes they would be too
+    narrow for a copy that nothing waits for.
+    """
+    if IN_WORDS:
+        WORDS: tl.constexpr = GROUPS // 4
+        word = first // 4 + tl.arange(0, WORDS)[None, :]
+        words = tl.load(rows.to(tl.pointer_type(tl.int32)) + word, mask=is_row, other=0)
+        words = words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]
+        scales = tl.reshape(words, (words.shape[0], GROUPS)).to(tl.uint8)
+    else:
+        group = first + tl.arange(0, GROUPS)[None, :]
+        scales = tl.load(rows + group, mask=is_row & below(group, LIMIT, IS_EVEN), other=0)
+    return scales
 
 
 @triton.jit
@@ -206,6 +286,7 @@ def multiply_tile(
     y_stride_t,
     N: tl.constexpr,
     K: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     X_KIND: tl.constexpr,
@@ -213,6 +294,8 @@ def multiply_tile(
     BIAS: tl.constexpr,
     IS_NATIVE: tl.constexpr,
     HAS_SCALED_DOT: tl.constexpr,
+    HAS_PTX: tl.constexpr,
+    IS_ONE_TILE: tl.constexpr,
     Y_BIAS: tl.constexpr,
     Y_IS_NATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -220,7 +303,8 @@ def multiply_tile(
     BLOCK_K: tl.constexpr,
 ):
     """Multiply one tile of a head; see `absorbed_kernel` for the arguments."""
-    tiles_m = tl.cdiv(num_tokens, BLOCK_M)
+    # A division by a number that is not known costs as much as a load from a cache.
+    tiles_m = 1 if IS_ONE_TILE else tl.cdiv(num_tokens, BLOCK_M)
     head, split = head.to(tl.int64), split.to(tl.int64)
     tokens = (tile % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -249,37 +333,46 @@ def multiply_tile(
             w = tl.load(columns + k * w_stride_k, mask=is_n & is_k, other=0)
             acc += product_of_fp8(x, w, BIAS, IS_NATIVE)
         else:
+            # All is loaded before anything is made of it.
+            GROUP: tl.constexpr = 16 if W_KIND == NVFP4 else 32
+            GROUPS: tl.constexpr = BLOCK_K // GROUP
             byte = start // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
             is_byte = below(byte, K // 2, IS_EVEN)
             w = tl.load(columns + byte, mask=is_n & is_byte, other=0)
-            GROUP: tl.constexpr = 16 if W_KIND == NVFP4 else 32
-            group = start // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]
-            is_group = below(group, K // GROUP, IS_EVEN)
-            scales = tl.load(w_scales + group, mask=is_n & is_group, other=0)
-            if X_KIND == PLAIN:
-                x = tl.load(rows + k, mask=is_token & is_k, other=0)
-                even, odd = halves(x)
-                factors = e4m3_values(scales, 7) if W_KIND == NVFP4 else e8m0_values(scales)
-                low, high = widened(w, factors, GROUP // 2, x.dtype)
-                acc = tl.dot(even, tl.trans(low), acc)
-                acc = tl.dot(odd, tl.trans(high), acc)
+            if X_KIND == PACKED:
+                packed = tl.load(rows + byte, mask=is_token & is_byte, other=0)
+                x_factors = load_scales(
+                    x_scales, is_token, start // 32, GROUPS, K // 32, IS_EVEN, False
+                )
             else:
-                if X_KIND == PACKED:
-                    packed = tl.load(rows + byte, mask=is_token & is_byte, other=0)
-                    x_factors = tl.load(x_scales + group, mask=is_token & is_group, other=0)
-                else:
-                    x = tl.load(rows + k, mask=is_token & is_k, other=0).to(tl.float32)
-                    codes, x_factors = mxfp4_codes(tl.reshape(x, (BLOCK_M, BLOCK_K // 32, 32)))
+                x = tl.load(rows + k, mask=is_token & is_k, other=0)
+            scales = load_scales(
+                w_scales, is_n, start // GROUP, GROUPS, K // GROUP, IS_EVEN, IN_WORDS
+            )
+            if X_KIND == MXFP4:
+                groups = tl.reshape(x.to(tl.float32), (BLOCK_M, GROUPS, 32))
+                codes, x_factors = mxfp4_codes(groups)
+            if HAS_SCALED_DOT and X_KIND != PLAIN:
+                if X_KIND == MXFP4:
                     even, odd = halves(tl.reshape(codes, (BLOCK_M, BLOCK_K)))
                     packed = (even | (odd << 4)).to(tl.uint8)
                     x_factors = x_factors.to(tl.uint8)
-                if HAS_SCALED_DOT:
-                    acc = tl.dot_scaled(
-                        packed, x_factors, "e2m1", tl.trans(w), scales, "e2m1", acc=acc
-                    )
+                acc = tl.dot_scaled(packed, x_factors, "e2m1", tl.trans(w), scales, "e2m1", acc=acc)
+            else:
+                if X_KIND == MXFP4:
+                    values = e2m1_values(codes) * e8m0_values(x_factors)[:, :, None]
+                    x = tl.reshape(values.to(tl.bfloat16), (BLOCK_M, BLOCK_K))
+                elif X_KIND == PACKED:
+                    even, odd = widened(packed, e8m0_values(x_factors), 16, tl.bfloat16, HAS_PTX)
+                    x = interleaved(even, odd)
+                factors = e4m3_values(scales, 7) if W_KIND == NVFP4 else e8m0_values(scales)
+                low, high = widened(w, factors, GROUP // 2, x.dtype, HAS_PTX)
+                if HAS_PTX and BLOCK_M >= 64:
+                    # Operands of such products come from shared memory, and taking many activations
+                    # apart moves them between threads.
+                    acc = tl.dot(x, tl.trans(interleaved(low, high)), acc)
                 else:
-                    even, odd = widened(packed, e8m0_values(x_factors), 16, tl.bfloat16)
-                    low, high = widened(w, e8m0_values(scales), 16, tl.bfloat16)
+                    even, odd = halves(x)
                     acc = tl.dot(even, tl.trans(low), acc)
                     acc = tl.dot(odd, tl.trans(high), acc)
 
@@ -320,6 +413,7 @@ def absorbed_kernel(
     y_stride_t,
     N: tl.constexpr,
     K: tl.constexpr,
+    IN_WORDS: tl.constexpr,  # four scales of the weights at a time are aligned, for all of K
     SPLIT_K: tl.constexpr,  # elements of K that a split takes, whole blocks
     IS_SPLIT: tl.constexpr,  # sums are stored as they are, for `reduce_splits_kernel`
     X_KIND: tl.constexpr,
@@ -327,6 +421,8 @@ def absorbed_kernel(
     BIAS: tl.constexpr,  # exponent bias of the fp8 weights
     IS_NATIVE: tl.constexpr,  # the chip converts to that fp8 and multiplies it
     HAS_SCALED_DOT: tl.constexpr,  # the chip multiplies MXFP4
+    HAS_PTX: tl.constexpr,  # the chip has NVIDIA's instructions
+    IS_ONE_TILE: tl.constexpr,  # BLOCK_M tokens are all of them
     Y_BIAS: tl.constexpr,  # exponent bias of an fp8 result, else 0
     Y_IS_NATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -362,6 +458,7 @@ def absorbed_kernel(
         y_stride_t,
         N,
         K,
+        IN_WORDS,
         SPLIT_K,
         IS_SPLIT,
         X_KIND,
@@ -369,6 +466,8 @@ def absorbed_kernel(
         BIAS,
         IS_NATIVE,
         HAS_SCALED_DOT,
+        HAS_PTX,
+        IS_ONE_TILE,
         Y_BIAS,
         Y_IS_NATIVE,
         BLOCK_M,

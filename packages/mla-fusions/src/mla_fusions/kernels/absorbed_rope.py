@@ -113,6 +113,7 @@ def absorbed_rope_kernel(
     # The constants of the former, then those of the latter.
     N: tl.constexpr,
     K: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     X_KIND: tl.constexpr,
@@ -120,6 +121,8 @@ def absorbed_rope_kernel(
     BIAS: tl.constexpr,
     IS_NATIVE: tl.constexpr,
     HAS_SCALED_DOT: tl.constexpr,
+    HAS_PTX: tl.constexpr,
+    IS_ONE_TILE: tl.constexpr,
     Y_BIAS: tl.constexpr,
     Y_IS_NATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -149,7 +152,7 @@ def absorbed_rope_kernel(
     program = tl.program_id(0)
     if program < num_products:
         # Tiles of a head run together.
-        tiles = tl.cdiv(num_tokens, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        tiles = (1 if IS_ONE_TILE else tl.cdiv(num_tokens, BLOCK_M)) * tl.cdiv(N, BLOCK_N)
         multiply_tile(
             program % tiles,
             program // tiles,
@@ -178,6 +181,7 @@ def absorbed_rope_kernel(
             y_stride_t,
             N,
             K,
+            IN_WORDS,
             SPLIT_K,
             IS_SPLIT,
             X_KIND,
@@ -185,6 +189,8 @@ def absorbed_rope_kernel(
             BIAS,
             IS_NATIVE,
             HAS_SCALED_DOT,
+            HAS_PTX,
+            IS_ONE_TILE,
             Y_BIAS,
             Y_IS_NATIVE,
             BLOCK_M,
