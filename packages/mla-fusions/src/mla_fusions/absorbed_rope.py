@@ -369,8 +369,8 @@ def join(
     from mla_fusions.kernels.absorbed_rope import absorbed_rope_kernel
 
     heads, tokens, n = y.shape
-    arranged = arrange(turn, queries, keys)
     tiles = product.tiles(config, 1)
+    arranged = arrange(turn, queries, keys, tiles.num_warps)
     num_products = heads * tiles.of(tokens, n)
     if not num_products + arranged.num_programs:
         return

@@ -21,6 +21,8 @@ _TILE_ELEMENTS = 4096
 _MIN_PROGRAMS = 1024
 #: Elements for a warp: 4 accesses of 16 bytes of bf16 in each thread.
 _WARP_ELEMENTS = 1024
+#: The same beside other programs, whose warps share registers: an access in each thread.
+_JOINED_ELEMENTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +151,24 @@ class Arranged:
     constants: dict[str, object]
 
 
-def arrange(turn: Rotation, queries: Queries, keys: Keys) -> Arranged:
-    """Return what to launch."""
+def arrange(
+    turn: Rotation, queries: Queries, keys: Keys, num_warps: int | None = None
+) -> Arranged:
+    """Return what to launch; ``num_warps`` are those of other programs that fill the GPU already.
+
+    Then there are as few of these programs as so many warps allow, since each takes as much room as
+    one of the others.
+    """
     pe, nope, out, zeros = queries.pe, queries.nope, queries.out, queries.zeros
     num_tokens, heads, rope_dim = pe.shape
     rank = 0 if nope is None else nope.shape[2]
     num_keys = keys.a.rows.shape[0]
     tile_c, tile_r = rows.power_of_two(rank), rows.power_of_two(rope_dim)
-    block_h, num_warps = schedule(num_tokens, max(heads, 1), max(tile_c, tile_r))
+    if num_warps is None:
+        block_h, num_warps = schedule(num_tokens, max(heads, 1), max(tile_c, tile_r))
+    else:
+        widest = max(tile_c, tile_r, 1 if zeros is None else rows.power_of_two(zeros.shape[2]))
+        block_h = min(max(1, num_warps * _JOINED_ELEMENTS // widest), rows.power_of_two(heads))
     block_t, _ = keys.spec.schedule(num_keys, keys.heads)
     writes_keys = num_keys and (keys.num_slots or keys.out is not None)
     num_kv_programs = -(-num_keys // block_t) * keys.heads if writes_keys else 0
