@@ -645,7 +645,6 @@ class Product:
         }
         return args, constants
 
-
     def _are_words(self, block_k: int) -> bool:
         """Return whether the weights' scales of each step are words of four, all of them there."""
         if self.w_scales is None:

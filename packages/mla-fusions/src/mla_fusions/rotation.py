@@ -151,9 +151,7 @@ class Arranged:
     constants: dict[str, object]
 
 
-def arrange(
-    turn: Rotation, queries: Queries, keys: Keys, num_warps: int | None = None
-) -> Arranged:
+def arrange(turn: Rotation, queries: Queries, keys: Keys, num_warps: int | None = None) -> Arranged:
     """Return what to launch; ``num_warps`` are those of other programs that fill the GPU already.
 
     Then there are as few of these programs as so many warps allow, since each takes as much room as

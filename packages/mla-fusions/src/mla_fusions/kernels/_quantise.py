@@ -188,11 +188,20 @@ def e2m1_codes(x):
 
 
 @triton.jit
-def quantise(x, factor_ptr, CODEC: tl.constexpr):
+def load_factor(factor_ptr, CODEC: tl.constexpr):
+    """Return the one factor of a codec that has one: loaded before the first store, and once."""
+    factor = factor_ptr
+    if CODEC[0] == PER_TENSOR:
+        factor = tl.load(factor_ptr)
+    return factor
+
+
+@triton.jit
+def quantise(x, factor, CODEC: tl.constexpr):
     """Return the codes and the stored scales of a tile; without scales in the page, codes twice.
 
-    Codes are [BLOCK_T, GROUPS, GROUP] bytes, NVFP4's [BLOCK_T, GROUPS, GROUP / 2]. ``factor_ptr``
-    is fp32 [1], and read where one factor serves all.
+    Codes are [BLOCK_T, GROUPS, GROUP] bytes, NVFP4's [BLOCK_T, GROUPS, GROUP / 2]. ``factor`` is
+    that of `load_factor`.
     """
     KIND: tl.constexpr = CODEC[0]
     BIAS: tl.constexpr = CODEC[1]
@@ -201,7 +210,7 @@ def quantise(x, factor_ptr, CODEC: tl.constexpr):
         codes = fp8_codes(x, BIAS, IS_NATIVE)
         scales = codes
     elif KIND == PER_TENSOR:
-        codes = fp8_quotients(x, tl.load(factor_ptr), BIAS, IS_NATIVE, False)
+        codes = fp8_quotients(x, factor, BIAS, IS_NATIVE, False)
         scales = codes
     elif KIND == GROUP_POWER:
         scales = power_of_two(fp32_scales(x, BIAS, CODEC[3]))

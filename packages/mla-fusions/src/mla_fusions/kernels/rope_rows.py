@@ -18,16 +18,21 @@ import triton
 from triton import language as tl
 
 from mla_fusions.kernels._norm import inverse_root, normed, row_sums
-from mla_fusions.kernels._quantise import CAST, quantise
+from mla_fusions.kernels._quantise import CAST, load_factor, quantise
 from mla_fusions.kernels.write_rows import load_rows, store_rows
 
 
 @triton.jit
 def load_positions(positions_ptr, offsets_ptr, tokens, mask, num_positions):
-    """Load positions, add offsets if there are, and clamp them into the tables."""
+    """Load positions, add offsets if there are, and clamp them into the tables.
+
+    Load before this what needs no positions: it is under way when these are waited for, and where
+    tables are read comes after a barrier, without which compilers put these first.
+    """
     positions = tl.load(positions_ptr + tokens, mask=mask, other=0).to(tl.int64)
     if offsets_ptr is not None:
         positions += tl.load(offsets_ptr + tokens, mask=mask, other=0).to(tl.int64)
+    tl.debug_barrier()
     return tl.minimum(tl.maximum(positions, 0), num_positions - 1)
 
 
@@ -116,30 +121,30 @@ def load_columns(starts, mask, ROPE: tl.constexpr):
 
 
 @triton.jit
-def store_pairs(starts, a, b, mask, factor_ptr, ROPE: tl.constexpr, CODEC: tl.constexpr):
+def store_pairs(starts, a, b, mask, factor, ROPE: tl.constexpr, CODEC: tl.constexpr):
     """Store what `load_pairs` loads."""
     HALF: tl.constexpr = ROPE[0] // 2
     PAIRS: tl.constexpr = ROPE[4]
     if ROPE[2]:
         p = tl.arange(0, PAIRS)[None, :]
         mask = mask[:, None] & (p < HALF)
-        tl.store(starts[:, None] + p, encode(starts, a, factor_ptr, CODEC), mask=mask)
-        tl.store(starts[:, None] + HALF + p, encode(starts, b, factor_ptr, CODEC), mask=mask)
+        tl.store(starts[:, None] + p, encode(starts, a, factor, CODEC), mask=mask)
+        tl.store(starts[:, None] + HALF + p, encode(starts, b, factor, CODEC), mask=mask)
     else:
         e = tl.arange(0, 2 * PAIRS)[None, :]
         both = tl.reshape(tl.join(a, b), (a.shape[0], 2 * PAIRS))
         mask = mask[:, None] & (e < ROPE[0])
-        tl.store(starts[:, None] + e, encode(starts, both, factor_ptr, CODEC), mask=mask)
+        tl.store(starts[:, None] + e, encode(starts, both, factor, CODEC), mask=mask)
 
 
 @triton.jit
-def encode(starts, x, factor_ptr, CODEC: tl.constexpr):
+def encode(starts, x, factor, CODEC: tl.constexpr):
     """Return a tile as what the memory at ``starts`` holds; a codec of None rounds to its type."""
     if CODEC is None or CODEC[0] == CAST:
         # Of the same type, it is copied bit for bit.
         stored = x.to(starts.dtype.element_ty)
     else:
-        stored, _ = quantise(x.to(tl.float32), factor_ptr, CODEC)
+        stored, _ = quantise(x.to(tl.float32), factor, CODEC)
     return stored
 
 
@@ -208,6 +213,9 @@ def write_keys(
     is_token = tokens < num_keys
     # Rows of skipped tokens are loaded too: waiting for the slots would double the latency.
     slots = tl.load(slots_ptr + tokens, mask=tokens < num_written, other=-1).to(tl.int64)
+    a_factor = load_factor(a_factor_ptr, A_CODEC)
+    if ROPE is not None:
+        b_factor = load_factor(b_factor_ptr, B_CODEC)
     a = load_rows(a_ptr, a_stride_t, a_stride_h, tokens, head, is_token, A_SHAPE)
     is_live = (slots >= 0) & (slots < num_slots)
     page, o = slots // PAGE_SIZE, slots % PAGE_SIZE
@@ -271,7 +279,7 @@ def write_keys(
             b,
             b_out_ptr,
             b_scales_ptr,
-            b_factor_ptr,
+            b_factor,
             b_out_stride_p,
             b_out_stride_h,
             b_scales_stride_p,
@@ -291,7 +299,7 @@ def write_keys(
         a,
         a_out_ptr,
         a_scales_ptr,
-        a_factor_ptr,
+        a_factor,
         a_out_stride_p,
         a_out_stride_h,
         a_scales_stride_p,
@@ -357,14 +365,15 @@ def write_queries(
         is_live &= tl.load(slots_ptr + tokens, mask=tokens < num_written, other=-1) >= 0
     out = q_out_ptr + (token * q_out_stride_t + heads * q_out_stride_h)
     # Every load comes before the first store.
+    q_factor = load_factor(q_factor_ptr, Q_CODEC)
     if Q_SHAPE[0] > 0:
         c = tl.arange(0, Q_SHAPE[1])[None, :]
         starts = q_nope_ptr + (token * q_nope_stride_t + heads * q_nope_stride_h)[:, None]
         nope = tl.load(starts + c, mask=is_head[:, None] & (c < Q_SHAPE[0]), other=0)
     if ROPE is not None:
-        position = load_positions(positions_ptr, offsets_ptr, token, token >= 0, num_positions)
         pe = q_pe_ptr + (token * q_pe_stride_t + heads * q_pe_stride_h)
         a, b = load_pairs(pe + ROPE[1], is_head, ROPE)
+        position = load_positions(positions_ptr, offsets_ptr, token, token >= 0, num_positions)
         one = tl.arange(0, 1)
         cos_a, cos_b = load_columns(cos_ptr + position * cos_stride + one, one == 0, ROPE)
         sin_a, sin_b = load_columns(sin_ptr + position * sin_stride + one, one == 0, ROPE)
@@ -379,19 +388,19 @@ def write_queries(
         # Pair by pair, subtracted as in `load_rotated`.
         first, second = a * cos_a - b * sin_a, b * cos_b + a * sin_b
         place = out + Q_SHAPE[5]
-        store_pairs(place + ROPE[1], first, second, is_live, q_factor_ptr, ROPE, Q_CODEC)
+        store_pairs(place + ROPE[1], first, second, is_live, q_factor, ROPE, Q_CODEC)
         if ROPE[0] < Q_SHAPE[2]:
-            stored = encode(place, rest, q_factor_ptr, Q_CODEC)
+            stored = encode(place, rest, q_factor, Q_CODEC)
             tl.store(place[:, None] + r, stored, mask=is_live[:, None] & stays)
         if pe_out_ptr is not None:
             place = pe_out_ptr + (token * pe_out_stride_t + heads * pe_out_stride_h)
             is_copied = is_head & (tokens < num_copied)
-            store_pairs(place + ROPE[1], first, second, is_copied, q_factor_ptr, ROPE, None)
+            store_pairs(place + ROPE[1], first, second, is_copied, q_factor, ROPE, None)
             if ROPE[0] < Q_SHAPE[2]:
-                stored = encode(place, rest, q_factor_ptr, None)
+                stored = encode(place, rest, q_factor, None)
                 tl.store(place[:, None] + r, stored, mask=is_copied[:, None] & stays)
     if Q_SHAPE[0] > 0:
-        stored = encode(out, nope, q_factor_ptr, Q_CODEC)
+        stored = encode(out, nope, q_factor, Q_CODEC)
         mask = is_live[:, None] & (c < Q_SHAPE[0])
         tl.store(out[:, None] + Q_SHAPE[4] + c, stored, mask=mask)
     if zeros_ptr is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from mla_fusions.kernels._quantise import CAST, FP8, NVFP4, PER_TENSOR, quantise
+from mla_fusions.kernels._quantise import CAST, FP8, NVFP4, PER_TENSOR, load_factor, quantise
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def store_rows(
     x,  # [BLOCK_T, GROUPS, GROUP], as loaded
     out_ptr,
     scales_ptr,  # unused where the codec puts no scales in the page
-    factor_ptr,  # [1] f32; unused unless one factor serves all
+    factor,  # f32; unused unless one factor serves all
     stride_p,
     stride_h,
     scales_stride_p,
@@ -86,7 +86,7 @@ def store_rows(
         # Rows of the cache's own dtype are copied bit for bit.
         store_tile(blocks, o, is_live, x.to(out_ptr.dtype.element_ty), SHAPE[0], PLACE)
     else:
-        codes, scales = quantise(x.to(tl.float32), factor_ptr, CODEC)
+        codes, scales = quantise(x.to(tl.float32), factor, CODEC)
         STORED: tl.constexpr = SHAPE[0] // 2 if CODEC[0] == NVFP4 else SHAPE[0]
         store_tile(blocks, o, is_live, codes, STORED, PLACE)
         if CODEC[0] != PER_TENSOR and CODEC[0] != FP8:
@@ -138,8 +138,10 @@ def write_rows_kernel(
 
     # Rows of skipped tokens are loaded too: waiting for the slots would double the latency.
     slots = tl.load(slots_ptr + tokens, mask=is_token, other=-1).to(tl.int64)
+    a_factor = load_factor(a_factor_ptr, A_CODEC)
     a = load_rows(a_ptr, a_stride_t, a_stride_h, tokens, head, is_token, A_SHAPE)
     if B_SHAPE is not None:
+        b_factor = load_factor(b_factor_ptr, B_CODEC)
         b = load_rows(b_ptr, b_stride_t, b_stride_h, tokens, head, is_token, B_SHAPE)
 
     is_live = (slots >= 0) & (slots < num_slots)
@@ -148,7 +150,7 @@ def write_rows_kernel(
         a,
         a_out_ptr,
         a_scales_ptr,
-        a_factor_ptr,
+        a_factor,
         a_out_stride_p,
         a_out_stride_h,
         a_scales_stride_p,
@@ -167,7 +169,7 @@ def write_rows_kernel(
             b,
             b_out_ptr,
             b_scales_ptr,
-            b_factor_ptr,
+            b_factor,
             b_out_stride_p,
             b_out_stride_h,
             b_scales_stride_p,
