@@ -235,7 +235,7 @@ def main() -> int:
     parser = tables.parser(__doc__)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    named = [name for name in layouts.names() if layouts.get(name).only is None]
+    named = ["", *(name for name in layouts.names() if layouts.get(name).only is None)]
     parser.add_argument("--layouts", nargs="+", default=[""], choices=named, metavar="LAYOUT")
     parser.add_argument("--residual", action="store_true")
     options = parser.parse_args()

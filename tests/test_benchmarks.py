@@ -23,7 +23,7 @@ SCRIPTS = {
     "cache_writes": (["--tokens", "3", "--layouts", "bf16", "fp8_ds656"], 2),
     "indexer": (FEW, 1),
     "layer": ([*FEW, "--weights", "plain", "fp8", "mxfp4"], 9),
-    "norms": (["--tokens", "3", "--kinds", "per_1x128"], 1),
+    "norms": (["--tokens", "3", "--kinds", "per_1x128", "--layouts", "", "fp8_ds656"], 2),
     "rope_cache_writes": ([*FEW, "--layouts", "bf16"], 1),
 }
 #: Widths that the layer's script works with here.
