@@ -44,6 +44,9 @@ ROPE_ROWS = "mla_fusions/kernels/rope_rows.py"
 NORM = "mla_fusions/kernels/_norm.py"
 NORMS = "mla_fusions/kernels/norms.py"
 INDEXER_ROWS = "mla_fusions/kernels/indexer_rows.py"
+ABSORBED = "mla_fusions/kernels/absorbed.py"
+ABSORBED_ROPE = "mla_fusions/kernels/absorbed_rope.py"
+LAYER = "mla_fusions/layer.py"
 
 MUTANTS: tuple[Mutant, ...] = (
     # The truth: masks, sign, logarithm, sink.
@@ -282,6 +285,32 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "mla_fusions/rows.py", "(_GROUP_POWER,", "(kind,", "test_indexer_writers", "mla-fusions"
     ),
+    # Absorbed products, alone and joined with what rotates and writes; a layer.
+    Mutant(ABSORBED, "* tl.load(w_factor_ptr)", "* 1.0", "test_absorbed", "mla-fusions"),
+    Mutant(ABSORBED, "tl.minimum(first + SPLIT_K, K)", "K", "test_absorbed", "mla-fusions"),
+    Mutant(ABSORBED_ROPE, "program % tiles,", "0,", "test_absorbed_rope", "mla-fusions"),
+    Mutant(
+        ABSORBED_ROPE,
+        "program - num_products,",
+        "program,",
+        "test_absorbed_rope",
+        "mla-fusions",
+    ),
+    Mutant(
+        LAYER,
+        "num_tokens <= self.max_joined_tokens",
+        "num_tokens < self.max_joined_tokens",
+        "test_layer",
+        "mla-fusions",
+    ),
+    Mutant(
+        LAYER,
+        "stored[..., :rank], queries.factor",
+        "stored[..., :rank], None",
+        "test_layer",
+        "mla-fusions",
+    ),
+    Mutant(LAYER, "k_out=kv_c", "k_out=kv_c.clone()", "test_layer", "mla-fusions"),
 )
 
 
