@@ -89,8 +89,21 @@ def e2m1_rounded(x):
 
 
 @triton.jit
-def mxfp4_codes(x):
-    """Quantise fp32 [BLOCK_M, GROUPS, 32]: int32 codes like ``x``, and int32 bytes of the scales.
+def e2m1_nearest(x):
+    """Return the fp32 value of what `e2m1_rounded` makes of a number, without its code."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    # Added to a number whose last digit is the distance of e2m1 there, at least a half, magnitudes
+    # are rounded to multiples of it, of which the even ones have even codes.
+    power = tl.maximum(magnitude, 1.0).to(tl.int32, bitcast=True) & 0x7F800000
+    last = power.to(tl.float32, bitcast=True) * 4194304.0
+    rounded = tl.minimum((magnitude + last) - last, 6.0).to(tl.int32, bitcast=True)
+    return (rounded | (bits ^ (bits & 0x7FFFFFFF))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mxfp4_scaled(x):
+    """Divide fp32 [BLOCK_M, GROUPS, 32] by powers of two; and int32 bytes of these.
 
     As `mla_core.reference.quant.quantize_mxfp4`; a group that is not finite has the scale NaN.
     """
@@ -99,7 +112,14 @@ def mxfp4_codes(x):
     scales = tl.maximum(((bits + 0x200000) >> 23) - 2, 0)
     reciprocal = ((254 - scales) << 23).to(tl.float32, bitcast=True)
     scales = tl.where(bits >= 0x7F800000, 255, scales)
-    return e2m1_rounded(x * reciprocal[:, :, None]), scales
+    return x * reciprocal[:, :, None], scales
+
+
+@triton.jit
+def mxfp4_codes(x):
+    """Quantise fp32 [BLOCK_M, GROUPS, 32]: int32 codes like ``x``, and what `mxfp4_scaled` gives."""
+    scaled, scales = mxfp4_scaled(x)
+    return e2m1_rounded(scaled), scales
 
 
 @triton.jit
@@ -351,16 +371,16 @@ def multiply_tile(
             )
             if X_KIND == MXFP4:
                 groups = tl.reshape(x.to(tl.float32), (BLOCK_M, GROUPS, 32))
-                codes, x_factors = mxfp4_codes(groups)
+                scaled, x_factors = mxfp4_scaled(groups)
             if HAS_SCALED_DOT and X_KIND != PLAIN:
                 if X_KIND == MXFP4:
-                    even, odd = halves(tl.reshape(codes, (BLOCK_M, BLOCK_K)))
+                    even, odd = halves(tl.reshape(e2m1_rounded(scaled), (BLOCK_M, BLOCK_K)))
                     packed = (even | (odd << 4)).to(tl.uint8)
                     x_factors = x_factors.to(tl.uint8)
                 acc = tl.dot_scaled(packed, x_factors, "e2m1", tl.trans(w), scales, "e2m1", acc=acc)
             else:
                 if X_KIND == MXFP4:
-                    values = e2m1_values(codes) * e8m0_values(x_factors)[:, :, None]
+                    values = e2m1_nearest(scaled) * e8m0_values(x_factors)[:, :, None]
                     x = tl.reshape(values.to(tl.bfloat16), (BLOCK_M, BLOCK_K))
                 elif X_KIND == PACKED:
                     even, odd = widened(packed, e8m0_values(x_factors), 16, tl.bfloat16, HAS_PTX)
