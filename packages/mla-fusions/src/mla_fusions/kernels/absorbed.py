@@ -117,7 +117,7 @@ def mxfp4_scaled(x):
 
 @triton.jit
 def mxfp4_codes(x):
-    """Quantise fp32 [BLOCK_M, GROUPS, 32]: int32 codes like ``x``, and what `mxfp4_scaled` gives."""
+    """Quantise fp32 [BLOCK_M, GROUPS, 32]: int32 codes like ``x``, and scales as `mxfp4_scaled`."""
     scaled, scales = mxfp4_scaled(x)
     return e2m1_rounded(scaled), scales
 

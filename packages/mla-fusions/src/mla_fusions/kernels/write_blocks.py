@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from mla_fusions.kernels._quantise import fp8_codes, fp8_values
+from mla_fusions.kernels._quantise import fp8_quotients, fp8_values
 from mla_fusions.kernels.write_rows import element_offsets, token_offsets
 
 #: Floor of a block's largest magnitude.
@@ -69,7 +69,7 @@ def write_part(
                 slots = block_slot + tokens
                 where = out_ptr + block_elements(slots, PAGE_SIZE, stride_p, e, PLACE)
                 x = fp8_values(tl.load(where, mask=mask, other=0), BIAS)
-                codes = fp8_codes(tl.div_rn(x * old_scale, scale), BIAS, IS_NATIVE)
+                codes = fp8_quotients(x * old_scale, scale, BIAS, IS_NATIVE, False)
                 tl.store(where, codes, mask=mask)
         scale = tl.where(old_scale < scale, scale, old_scale)
     tl.store(scale_ptr, scale)
@@ -78,7 +78,7 @@ def write_part(
         tokens = start + t
         mask = (tokens < num_new)[:, None] & is_element
         x = tl.load(rows_ptr + tokens[:, None] * stride_t + e[None, :], mask=mask, other=0)
-        codes = fp8_codes(tl.div_rn(x.to(tl.float32), scale), BIAS, IS_NATIVE)
+        codes = fp8_quotients(x.to(tl.float32), scale, BIAS, IS_NATIVE, False)
         slots = tl.load(slots_ptr + tokens, mask=tokens < num_new, other=0).to(tl.int64)
         where = out_ptr + block_elements(slots, PAGE_SIZE, stride_p, e, PLACE)
         tl.store(where, codes, mask=mask)
