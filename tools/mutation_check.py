@@ -211,8 +211,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(QUANTISE, "tl.fma(tl.fma(q, m, x), y, q)", "q", "test_quantise", "mla-fusions"),
     Mutant(
         QUANTISE,
-        "tl.where(magnitude == 0, 0x",
-        "tl.where(False, 0x",
+        "tl.where(magnitude == 0, 0x7F800000, odd)",
+        "odd",
         "test_quantise",
         "mla-fusions",
     ),

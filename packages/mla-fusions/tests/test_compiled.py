@@ -38,7 +38,7 @@ NUM_INDEXERS = 2 * 2 * 2 * 2
 NUM_LAYERS = 3 * 2 + 4 + 2 * 3
 #: Scalar registers that may be parked in lanes where tiles of comparisons are alive: products that
 #: quantise to MXFP4, or widen a flavour of fp8 that the chip does not know.
-PARKED = 16
+PARKED = 20
 
 
 @pytest.mark.slow

@@ -52,22 +52,24 @@ def divided(x, s, LIMIT: tl.constexpr):
     ----------
     x : fp32
     s : fp32, a number or a tensor that broadcasts to ``x``
-        Any number, of either sign.
+        Any number, of either sign; not zero if ``LIMIT`` is.
     """
     bits = s.to(tl.int32, bitcast=True)
-    magnitude, sign = bits & 0x7FFFFFFF, bits ^ (bits & 0x7FFFFFFF)
+    magnitude = bits & 0x7FFFFFFF
     # Both are multiplied by a power of two that leaves of s a number from 1 on and below 4, or
     # less if s is subnormal: nothing that matters overflows or is subnormal then.
     power = tl.maximum(254 - (magnitude >> 23), 1) << 23
     # Dividing by zero, infinity and NaN is multiplying by infinity, zero and NaN.
-    power = tl.where(magnitude == 0, 0x7F800000, power)
-    power = tl.where(magnitude == 0x7F800000, 0, power)
-    power = tl.where(magnitude > 0x7F800000, 0x7FC00000, power)
-    is_number = (magnitude > 0) & (magnitude < 0x7F800000)
+    odd = tl.where(magnitude > 0x7F800000, 0x7FC00000, 0)
+    is_number = magnitude < 0x7F800000
+    if LIMIT > 0:
+        odd = tl.where(magnitude == 0, 0x7F800000, odd)
+        is_number &= magnitude != 0
+    power = tl.where(is_number, power, odd)
     m = magnitude.to(tl.float32, bitcast=True) * power.to(tl.float32, bitcast=True)
     m = tl.where(is_number, m, 1.0)
     # Negative ones, so that nothing has to be negated below; -1 flips the sign bit.
-    power = (power | (sign ^ -2147483648)).to(tl.float32, bitcast=True)
+    power = (power | ((bits ^ magnitude) ^ -2147483648)).to(tl.float32, bitcast=True)
     y = tl.div_rn(-1.0, m)
     x = x * power
     if LIMIT > 0:
@@ -106,7 +108,9 @@ def fp8_codes(x, BIAS: tl.constexpr, IS_NATIVE: tl.constexpr, IS_BOUND: tl.const
         STEPS: tl.constexpr = 2.0 ** (21 - BIAS)
         shifted = magnitude.to(tl.float32, bitcast=True) + STEPS
         small = shifted.to(tl.int32, bitcast=True) - ((127 + 21 - BIAS) << 23)
-        codes = tl.where(magnitude < ((128 - BIAS) << 23), small, normal)
+        # In the first binade both are right, below it only the latter, at most 8, and above it only
+        # the former, which is below the latter. Comparisons would take AMD's scalar registers.
+        codes = tl.minimum(small, tl.maximum(normal, 8))
         sign = (bits >> 24) & 0x80
         if BIAS == 7:
             codes = tl.where(magnitude > 0x7F800000, 0x7F, codes) | sign
