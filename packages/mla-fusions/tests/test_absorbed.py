@@ -8,7 +8,7 @@ import torch
 import mla_fusions
 from mla_core import LayoutError
 from mla_core.reference import gemm, quant
-from mla_core.testing.assertions import assert_close
+from mla_core.testing.assertions import TOLERANCES, Tolerance, assert_close
 from mla_core.testing.poison import poison_
 
 triton = pytest.importorskip("triton")
@@ -40,10 +40,22 @@ def poisoned(heads, tokens, n, dtype, transpose):
     return memory[..., :n], memory
 
 
-def check(call, x, expected, dtype=BF16, transposes=(False, True), **named):
+#: Of fp8 products, which the matrix unit of sm90 adds up with some 14 bits.
+FP8_SUMS = Tolerance(relative_l2=2e-4, atol=2e-3, rtol=1e-3)
+
+
+def check(
+    call,
+    x,
+    expected,
+    dtype=BF16,
+    transposes=(False, True),
+    tolerance=TOLERANCES["fp32"],
+    **named,
+):
     """Compare in fp32 closely, and in another dtype, transposed, between poison."""
     plain = call(x, dtype=FP32, **named)
-    assert_close(plain, expected, what="y", dtype="fp32")
+    assert_close(plain, expected, what="y", tolerance=tolerance)
     heads, tokens, n = expected.shape
     for transpose in transposes:
         y, memory = poisoned(heads, tokens, n, dtype, transpose)
@@ -98,7 +110,8 @@ def test_fp8_weights(shape, fp8, x_dtype, seed):
         return a8w8(x, w, scale, group, bias, YQ=y, **named)
 
     expected = gemm.batched_gemm_a8w8(x, w, 0.375, fp8=NAME_OF[fp8], group_size=group, bias=bias)
-    check(call, x, expected)
+    multiplies_fp8 = DEVICE == "cuda" and fp8 == OCP
+    check(call, x, expected, tolerance=FP8_SUMS if multiplies_fp8 else TOLERANCES["fp32"])
 
 
 def test_a_last_group_that_is_shorter(seed):
