@@ -192,8 +192,8 @@ MUTANTS: tuple[Mutant, ...] = (
     # The Triton kernels, through the interpreter.
     Mutant(
         "mla_triton/kernels/_math.py",
-        "limit = kv_len - (q_len - 1 - q_idx)",
-        "limit = kv_len - (q_len - q_idx)",
+        "high = global_len - (q_len - 1 - q_idx)",
+        "high = global_len - (q_len - q_idx)",
         "test_decode",
         "mla-triton",
     ),

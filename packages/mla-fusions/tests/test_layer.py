@@ -501,6 +501,9 @@ def test_wrong_inputs_are_refused():
     with pytest.raises(UnsupportedProblemError, match="hidden_states must not require a gradient"):
         tokens(hidden_states=x.requires_grad_())
     tokens.hidden_states = x.detach()
+    far = torch.empty_strided((5, 48), (2**23 + 1, 1), dtype=x.dtype, device=DEVICE)
+    with pytest.raises(LayoutError, match="hidden_states must have rows at most 8388608 elements"):
+        tokens(hidden_states=far)
     with pytest.raises(LayoutError, match="q_out must have at least 80 elements"):
         tokens(q_out=x.new_empty(5, 3, 79))
     with pytest.raises(LayoutError, match=r"q_out must be \[5, 3, 80 or more\]"):

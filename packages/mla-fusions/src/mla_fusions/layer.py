@@ -45,6 +45,8 @@ Weights = Literal["plain", "fp8", "mxfp4"]
 #: shared memory of the product. An estimate: `benchmarks/layer.py` times both.
 MAX_JOINED_TOKENS = 256
 
+#: Stride of what torch multiplies: with one of 2**30, it has read elsewhere on a GPU.
+_FARTHEST_ROWS = 2**23
 _WEIGHTS = ("plain", "fp8", "mxfp4")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HALF = (torch.bfloat16, torch.float16)
@@ -290,6 +292,11 @@ class MLAPrologue:
         """
         op, dims = "MLAPrologue", self.dims
         _check_input(op, "hidden_states", hidden_states, ("T", self._first.shape[1]), self._first)
+        if hidden_states.shape[0] > 1 and hidden_states.stride(0) > _FARTHEST_ROWS:
+            raise LayoutError(
+                f"{op}: hidden_states must have rows at most {_FARTHEST_ROWS} elements apart, got "
+                f"{hidden_states.stride(0)}"
+            )
         if (cache.dims.kv_lora_rank, cache.dims.qk_rope_head_dim) != (
             dims.kv_lora_rank,
             dims.qk_rope_head_dim,
