@@ -21,6 +21,8 @@ _TILE_ELEMENTS = 4096
 _MIN_PROGRAMS = 1024
 #: Elements for a warp: 4 accesses of 16 bytes of bf16 in each thread.
 _WARP_ELEMENTS = 1024
+#: Rows of fp8 queries from which on tiles are twice as large.
+_MANY_ROWS = 1 << 18
 #: The same beside other programs, whose warps share registers: an access in each thread.
 _JOINED_ELEMENTS = 256
 
@@ -110,15 +112,23 @@ class Keys:
     is_divided: bool = False
 
 
-def schedule(num_tokens: int, heads: int, width: int) -> tuple[int, int]:
-    """Return heads of a program and its warps, for queries whose wider part has ``width``."""
+def schedule(num_tokens: int, heads: int, width: int, is_narrow: bool = False) -> tuple[int, int]:
+    """Return heads of a program and its warps, for queries whose wider part has ``width``.
+
+    ``is_narrow`` says that they are stored in fp8, which takes more instructions for each byte.
+    """
+    tile, warp, most = _TILE_ELEMENTS, _WARP_ELEMENTS, 4
+    if is_narrow and num_tokens * heads >= _MANY_ROWS:
+        tile, most = 2 * tile, 2 * most
     block_h = min(
-        max(1, _TILE_ELEMENTS // width),
+        max(1, tile // width),
         max(1, num_tokens * heads // _MIN_PROGRAMS),
         rows.power_of_two(heads),
     )
     block_h = 1 << block_h.bit_length() - 1
-    return block_h, max(1, min(4, block_h * width // _WARP_ELEMENTS))
+    if is_narrow and block_h * width < tile:
+        warp //= 2
+    return block_h, max(1, min(most, block_h * width // warp))
 
 
 def rotate_and_write(op: str, turn: Rotation, queries: Queries, keys: Keys) -> None:
@@ -163,7 +173,8 @@ def arrange(turn: Rotation, queries: Queries, keys: Keys, num_warps: int | None 
     num_keys = keys.a.rows.shape[0]
     tile_c, tile_r = rows.power_of_two(rank), rows.power_of_two(rope_dim)
     if num_warps is None:
-        block_h, num_warps = schedule(num_tokens, max(heads, 1), max(tile_c, tile_r))
+        is_narrow = out.dtype == torch.uint8
+        block_h, num_warps = schedule(num_tokens, max(heads, 1), max(tile_c, tile_r), is_narrow)
     else:
         widest = max(tile_c, tile_r, 1 if zeros is None else rows.power_of_two(zeros.shape[2]))
         block_h = min(max(1, num_warps * _JOINED_ELEMENTS // widest), rows.power_of_two(heads))
