@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from mla_core.testing import interpreter, poison
 
@@ -57,6 +59,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(needs_gpu)
+
+
+@pytest.fixture(autouse=True)
+def taking_turns(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let tests that need gigabytes of a GPU run one at a time, and give those back."""
+    if not HAS_GPU or request.node.get_closest_marker("large") is None:
+        yield
+        return
+    with FileLock(Path(tempfile.gettempdir()) / "mla-large-tests.lock"):
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -308,6 +308,7 @@ def test_rows_that_are_not_finite_stay_apart(seed):
     assert not keys[[0, 2]].isnan().any()
 
 
+@pytest.mark.large
 def test_offsets_of_more_than_four_gib(seed):
     """Queries and pages far apart in memory, of which the system hands out what is touched."""
     step = 5 << 30

@@ -363,6 +363,7 @@ def test_tiles_of_several_tokens(num_tokens, seed, monkeypatch):
     assert equal(cache.buffers[0], wanted.buffers[0])
 
 
+@pytest.mark.large
 def test_offsets_of_more_than_four_gib(seed):
     """Rows and pages far apart in memory, of which the system hands out what is touched."""
     step = (5 << 30) // 2

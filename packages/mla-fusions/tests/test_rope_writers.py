@@ -459,6 +459,7 @@ def test_tiles_of_several_tokens_and_heads(num_tokens, heads, seed, monkeypatch)
     assert equal(cache.buffers[0], wanted.buffers[0])
 
 
+@pytest.mark.large
 def test_offsets_of_more_than_four_gib(seed):
     """Queries and pages far apart in memory, of which the system hands out what is touched."""
     dims, step = MLADims(1, 64, 32), (5 << 30) // 2

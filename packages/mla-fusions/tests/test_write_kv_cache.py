@@ -31,6 +31,7 @@ def test_conformance(case):
 
 
 @pytest.mark.parametrize("layout", ["bf16", "fp8_ds656"])
+@pytest.mark.large
 def test_offsets_of_more_than_four_gib(layout):
     """Pages far apart in memory of which the system hands out what is touched alone."""
     dims, page_size = MLADims(16), 4

@@ -87,6 +87,7 @@ def far(tensor):
     return apart.copy_(tensor)
 
 
+@pytest.mark.large
 def test_rows_more_than_4_gib_apart_are_right_or_refused_by_name(example):
     plain = example("cuda")
     plain.reset()

@@ -58,6 +58,7 @@ def written(kind):
 
 @pytest.mark.parametrize("kind", ["keys", "rope", "layer", "layer apart"])
 @pytest.mark.parametrize("layout", ["bf16", "fp8", "fp8_seg656", "fp8_ds656"])
+@pytest.mark.large
 def test_caches_past_4_gib_of_elements(layout, kind):
     """The rows at both ends of a large cache are those of a small one, and there are no others."""
     scale = torch.full((1,), 0.1, device="cuda") if layouts.get(layout).needs_scale else None
@@ -88,6 +89,7 @@ def test_caches_past_4_gib_of_elements(layout, kind):
 
 
 @pytest.mark.parametrize("weights", ["bf16", "fp8", "mxfp4", "nvfp4"])
+@pytest.mark.large
 def test_products_past_4_gib_of_elements(weights):
     """A result of more than 2 ** 32 elements; its first and its last tokens against fp64."""
     heads, n, k, tokens = 128, 512, 128, 2**16 + 300
@@ -119,6 +121,7 @@ def test_products_past_4_gib_of_elements(weights):
         assert not y[start : start + 8192].isnan().any()
 
 
+@pytest.mark.large
 def test_a_layer_of_many_tokens_past_4_gib_of_queries():
     """Prologue and epilogue over 60000 tokens: the bits of the same tokens in smaller calls."""
     dims, tokens, hidden = MLADims(128), 60_000, 128

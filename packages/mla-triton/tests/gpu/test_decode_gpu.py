@@ -216,6 +216,7 @@ def test_replanning_reads_nothing():
 
 
 @pytest.mark.parametrize("kernel", ["planned", "portable", "work list"])
+@pytest.mark.large
 def test_cache_past_4_gib_of_elements(kernel):
     """Pages whose element offset needs more than 32 bits, beside pages at the start."""
     page_size, num_pages = 64, 2**32 // (64 * 576) + 4000  # about 8.9 GB

@@ -156,6 +156,7 @@ def test_queries_of_any_size(num_heads, seed):
 
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize(("layout", "num_heads"), [("fp8", 16), ("fp8_seg656", 16), ("fp8", 64)])
+@pytest.mark.large
 def test_graph_over_a_cache_past_4_gib(layout, num_heads, page_size):
     """Replay with other lengths over pages whose byte offset needs more than 32 bits."""
     dims = MLADims(num_heads)
