@@ -41,9 +41,10 @@ from mla_fusions.rows import require_kernel
 Weights = Literal["plain", "fp8", "mxfp4"]
 
 #: Tokens up to which a prologue absorbs W_UK, rotates and writes in one launch. Few tokens leave
-#: multiprocessors idle that the rotation fills; with many, it would run with the registers and the
-#: shared memory of the product. An estimate: `benchmarks/layer.py` times both.
-MAX_JOINED_TOKENS = 256
+#: multiprocessors idle that the rotation fills; with many, it runs with the registers and the
+#: shared memory of the product. `benchmarks/layer.py` times both: on an H200, one launch is faster
+#: by a tenth to a third at 64 tokens, and about as fast as two at 256.
+MAX_JOINED_TOKENS = 128
 
 #: Stride of what torch multiplies: with one of 2**30, it has read elsewhere on a GPU.
 _FARTHEST_ROWS = 2**23
