@@ -32,15 +32,19 @@ from mla_fusions import (
     batched_gemm_a16wnvfp4,
     batched_gemm_afp4wfp4,
     batched_gemm_bf16,
+    cat_and_cache_mla,
     fused_bf16_bmm_rope_cat_and_cache_mla,
     fused_fp4_bmm_rope_cat_and_cache_mla,
     fused_fp8_bmm_rope_cat_and_cache_mla,
     fused_kv_norm_rope_write_kv_cache,
     fused_nvfp4_bmm_rope_cat_and_cache_mla,
+    fused_qk_cat,
     fused_qk_rmsnorm_group_quant,
     fused_qk_rmsnorm_per_token_quant,
+    fused_qk_rope_cat,
     fused_qk_rope_cat_and_cache_mla,
     fused_qk_rope_concat_and_cache_mla,
+    fused_qk_rope_concat_and_cache_mla_seg,
     fused_qk_rope_reshape_and_cache,
     fused_qk_rope_write_kv_cache,
     indexer_k_quant_and_cache,
@@ -140,6 +144,18 @@ def rotations():
             *(torch.ones(1), is_neox, 100),
         )
         yield f"cat {is_neox}", call
+        yield (
+            f"joined {is_neox}",
+            partial(fused_qk_rope_cat, *parts, slots, table, table, is_neox),
+        )
+        segments = torch.empty(64, 64 * 576, dtype=fp8)
+        q_out, one = torch.empty(512, 16, 768, dtype=fp8), torch.ones(1)
+        call = partial(
+            fused_qk_rope_concat_and_cache_mla_seg,
+            *(*parts[:2], parts[2][:, 0], parts[3][:, 0], segments, q_out, slots, one, one),
+            *(slots, table, table, is_neox),
+        )
+        yield f"segments {is_neox}", call
         q, key = torch.empty(512, 64, 128, dtype=bf16), torch.empty(512, 8, 128, dtype=bf16)
         caches = torch.empty(32, 8, 8, 16, 16, dtype=fp8), torch.empty(32, 8, 128, 16, dtype=fp8)
         # A part of the heads turns, with a table of a column for each element.
@@ -151,6 +167,12 @@ def rotations():
             dim_offset=32,
         )
         yield f"reshape {is_neox}", call
+    yield "joined as they are", partial(fused_qk_cat, *parts)
+    keys = [torch.empty(4096, 2, n, dtype=bf16) for n in (512, 64)]
+    for dtype in (bf16, torch.float8_e4m3fn):
+        cache = torch.empty(4096, 2, 576).to(dtype)
+        call = partial(cat_and_cache_mla, *keys, cache, torch.arange(4096), torch.ones(1))
+        yield f"keys as they are {dtype}", call
 
 
 def rotate(case):

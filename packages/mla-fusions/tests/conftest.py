@@ -267,12 +267,13 @@ def _(it, name):
     return args | {"asm_layout": True}, keys, values, *scales
 
 
-@example_of("fused_qk_rope_concat_and_cache_mla")
-def _(it):
+@example_of("fused_qk_rope_concat_and_cache_mla", "fused_qk_rope_concat_and_cache_mla_seg")
+def _(it, name):
     q_nope, q_pe = it.split(HEADS, C, R)
     kv_c, k_pe = it.rows(it.num_tokens, C), it.rows(it.num_tokens, R)
     positions, cos, sin = it.turning
-    cache = it.empty(NUM_PAGES, PAGE_SIZE, C + R, dtype=FP8)
+    shape = (PAGE_SIZE * (C + R),) if name.endswith("seg") else (PAGE_SIZE, C + R)
+    cache = it.empty(NUM_PAGES, *shape, dtype=FP8)
     q_out = it.empty(it.num_tokens, HEADS, C + R, dtype=FP8)
     return {
         **{"q_nope": q_nope, "q_pe": q_pe, "kv_c": kv_c, "k_pe": k_pe},
@@ -280,6 +281,18 @@ def _(it):
         **{"k_scale": it.scale(), "q_scale": it.scale(0.5), "cos_cache": cos, "sin_cache": sin},
         **{"is_neox": True, "is_nope_first": True},
     }, cache, q_out  # fmt: skip
+
+
+@example_of("fused_qk_cat", "fused_qk_rope_cat")
+def _(it, name):
+    names = ("q1", "q2", "k1", "k2")
+    args = {}
+    if name == "fused_qk_rope_cat":
+        names = ("q_nope", "q_pe", "k_nope", "k_pe")
+        args["pos"], args["cos"], args["sin"] = it.turning
+        args["is_neox"] = True
+    parts = (*it.split(HEADS, C, R), *it.split(KEY_HEADS, C, R))
+    return (args | dict(zip(names, parts, strict=True)),)
 
 
 @example_of("fused_qk_rope_cat_and_cache_mla")

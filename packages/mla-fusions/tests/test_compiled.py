@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).with_name("compile_check.py")
 #: Bytes of local memory: the return address of NVIDIA's routine for rare cases of a division.
 CALL_BYTES = 8
 #: Every layout and eight other writes, as they are written without turning; the named ops.
-NUM_ROTATIONS = 26 + 8 + 12 + 4
+NUM_ROTATIONS = 26 + 8 + 12 + 11
 #: Six ways to store weights at three numbers of tokens and two shapes; four more launches.
 NUM_PRODUCTS = 6 * 6 + 4
 #: Products with RoPE and the cache write: five at three numbers of tokens.

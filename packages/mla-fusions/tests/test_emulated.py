@@ -168,6 +168,31 @@ def test_rows_that_are_rotated(arch, layout, is_neox, seed):
         assert torch.equal(interpreted.view(torch.uint8), emulated.view(torch.uint8))
 
 
+@pytest.mark.parametrize("is_turned", [False, True], ids=["still", "turned"])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_joined_parts(arch, is_turned, seed):
+    """What the interpreter writes, bit for bit."""
+    parts = [torch.randn(3, h, n).bfloat16() for h in (5, 2) for n in (96, 32)]
+    table, positions = torch.randn(9, 32), torch.tensor([8, 1, 30])
+    slots, one = torch.tensor([7, -1, 0]), torch.tensor([0.3])
+    held = []
+    for where in (None, arch):
+        with nullcontext([]) if where is None else emulated_triton(where, *KERNELS) as results:
+            if is_turned:
+                outputs = mla_fusions.fused_qk_rope_cat(
+                    *parts, positions, table[:, :16], table[:, 16:], False
+                )
+            else:
+                # Keys without queries, divided on their way.
+                cache = torch.zeros(8, 2, 128).bfloat16()
+                mla_fusions.cat_and_cache_mla(*parts[2:], cache, slots, one)
+                outputs = (*mla_fusions.fused_qk_cat(*parts), cache)
+        assert where is None or sum(result.instructions for result in results) > 0
+        held.append(outputs)
+    for interpreted, emulated in zip(*held, strict=True):
+        assert torch.equal(interpreted.view(torch.uint8), emulated.view(torch.uint8))
+
+
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 def test_heads_that_are_rotated_in_place(arch, seed, monkeypatch):
     """What the interpreter writes, by programs of several waves that read what they replace."""

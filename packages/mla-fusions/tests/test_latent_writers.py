@@ -138,6 +138,26 @@ def test_cat_and_cache_mla(dtype, heads, apply_scale, seed):
     assert equal(cache, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, OCP], ids=str)
+def test_heads_that_are_apart(dtype, seed):
+    """Slots and heads with gaps between them, which stay as they are."""
+    k_nope, k_pe = rows(torch.bfloat16, 7, 3, 96), rows(torch.bfloat16, 7, 3, 32)
+    memory = poisoned(64, 4, 144, dtype=dtype)
+    cache = memory[:, :3, :128]
+    wanted = memory.clone().cpu()
+    mla_fusions.cat_and_cache_mla(k_nope, k_pe, cache, slots(), scale())
+    joined = torch.cat([k_nope, k_pe], dim=-1).cpu().float()
+    factor = None if dtype == torch.bfloat16 else scale().cpu()
+    if factor is None:
+        joined /= scale().cpu()
+    stored = cache_ops.store(joined, mla_core.dtypes.dtype_name(dtype), factor)
+    for token, slot in enumerate(SLOTS):
+        if slot >= 0:
+            wanted[slot, :3, :128] = stored[token]
+    assert equal(memory, wanted)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize(
     ("dtype", "layout", "page_size"),
@@ -148,18 +168,21 @@ def test_cat_and_cache_mla(dtype, heads, apply_scale, seed):
     ],
     ids=str,
 )
-def test_shuffled_blocks(dtype, layout, page_size, heads, seed):
+def test_shuffled_blocks(dtype, layout, page_size, heads, scaled, seed):
     dims = MLADims(1, 256, 64)
+    k_scale = scale() if scaled else None
     k_nope, k_pe = rows(torch.bfloat16, 7, heads, 256), rows(torch.bfloat16, 7, heads, 64)
     width = 180 if dtype == torch.uint8 else 320
     cache = poisoned(4, heads, page_size, width, dtype=dtype)
     wanted = cache.clone().cpu()
-    mla_fusions.cat_and_cache_mla(k_nope, k_pe, cache, slots(), None, shuffled_kv_cache=True)
+    mla_fusions.cat_and_cache_mla(k_nope, k_pe, cache, slots(), k_scale, shuffled_kv_cache=True)
+    divisor = scale().cpu() if scaled else torch.ones(1)
     for head in range(heads):
-        factor = torch.ones(1) if dtype == OCP else None
+        factor = divisor if dtype == OCP else None
         block = wanted[:, head].contiguous()
         bound = LatentCache.bind(layout, dims, page_size, block, scale=factor)
-        bound.write(k_nope[:, head].cpu(), k_pe[:, head].cpu(), slots().cpu())
+        parts = (part[:, head].cpu().float() for part in (k_nope, k_pe))
+        bound.write(*(part if dtype == OCP else part / divisor for part in parts), slots().cpu())
         wanted[:, head] = block
     assert equal(cache, wanted)
 
@@ -204,11 +227,11 @@ def test_bad_blocks_are_refused():
         mla_fusions.concat_and_cache_mla_seg(**bad)
     with pytest.raises(LayoutError, match=r"must be one of auto, fp8, fp8_e4m3, got 'fp8_ds_mla"):
         mla_fusions.concat_and_cache_mla_seg(**(GOOD | {"kv_cache_dtype": "fp8_ds_mla"}))
-    k_nope, k_pe = torch.zeros(4, 2, 64), torch.zeros(4, 2, 16)
-    cache = torch.zeros(4, 2, 81)[..., :80]
-    with pytest.raises(LayoutError, match="must be contiguous for several heads"):
-        mla_fusions.cat_and_cache_mla(k_nope, k_pe, cache, torch.arange(4), None)
+    k_nope, k_pe, cache = torch.zeros(4, 2, 64), torch.zeros(4, 2, 16), torch.zeros(4, 2, 80)
+    write = mla_fusions.cat_and_cache_mla
     with pytest.raises(LayoutError, match=r"must be one of .*, got torch.uint8"):
-        mla_fusions.cat_and_cache_mla(
-            k_nope, k_pe, cache.contiguous().to(torch.uint8), torch.arange(4), None
-        )
+        write(k_nope, k_pe, cache.to(torch.uint8), torch.arange(4), None)
+    with pytest.raises(LayoutError, match=r"k_scale must be fp32 with one element, got \(2,\)"):
+        write(k_nope[:, :1], k_pe[:, :1], cache[:, :1], torch.arange(4), torch.ones(2))
+    with pytest.raises(LayoutError, match="k_nope must have a head or more"):
+        write(k_nope[:, :0], k_pe[:, :0], cache[:, :0], torch.arange(4), None)

@@ -218,6 +218,47 @@ def test_concat_and_cache_mla(
     assert equal(cache.flatten(0, 1), wanted)
 
 
+@pytest.mark.parametrize("compute_all", [False, True])
+@pytest.mark.parametrize(
+    ("row_dtype", "cache_dtype", "q_dtype", "page_size"),
+    [
+        (BF16, OCP, OCP, 16),
+        (BF16, BF16, FP32, 64),
+        (FP16, FNUZ, FNUZ, 1),
+        (FP32, torch.uint8, torch.uint8, 5),
+    ],
+    ids=str,
+)
+def test_concat_and_cache_mla_seg(row_dtype, cache_dtype, q_dtype, page_size, compute_all, seed):
+    """The queries of the op for plain pages, and its rows in two segments with a gap behind."""
+    rank, width, heads, num_blocks = 96, 32, 3, -(-64 // page_size)
+    q_nope, q_pe = rows(row_dtype, 9, heads, rank), rows(row_dtype, 9, heads, width)
+    kv_c, k_pe = rows(row_dtype, 9, rank), rows(row_dtype, 9, width)
+    memory = poisoned(num_blocks, page_size * (rank + width) + 64, dtype=cache_dtype)
+    wanted = memory.clone().cpu()
+    plain = poisoned(num_blocks, page_size, rank + width, dtype=cache_dtype)
+    # Rows of queries are padded to 768 bytes a head in some caches' readers; the padding stays.
+    q_out, plain_q_out = (poisoned(9, heads, rank + width + 64, dtype=q_dtype) for _ in range(2))
+    rest = (index(SLOTS), scale(0.05), scale(0.07), index(range(3, 12)), *tables(width // 2))
+    parts, named = (q_nope, q_pe, kv_c, k_pe), {"compute_all_q_rope": compute_all}
+    got = mla_fusions.fused_qk_rope_concat_and_cache_mla_seg(
+        *parts, memory[:, : page_size * (rank + width)], q_out, *rest, True, **named
+    )
+    assert got is None
+    mla_fusions.fused_qk_rope_concat_and_cache_mla(
+        *parts, plain, plain_q_out, *rest, True, True, **named
+    )
+    assert equal(q_out, plain_q_out)
+    for slot in SLOTS:
+        if slot >= 0:
+            page, o = divmod(slot, page_size)
+            row = plain[page, o].cpu()
+            wanted[page, o * rank : (o + 1) * rank] = row[:rank]
+            first = page_size * rank + o * width
+            wanted[page, first : first + width] = row[rank:]
+    assert equal(memory, wanted)
+
+
 @pytest.mark.parametrize(
     ("dtype", "heads", "num_zeros", "apply_scale", "is_neox"),
     [

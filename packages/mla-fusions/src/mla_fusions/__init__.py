@@ -30,11 +30,9 @@ from mla_fusions.indexer_writers import (
     indexer_k_quant_and_cache,
     indexer_qk_rope_quant_and_cache,
 )
-from mla_fusions.latent_writers import (
-    cat_and_cache_mla,
-    concat_and_cache_mla,
-    concat_and_cache_mla_seg,
-)
+from mla_fusions.joined import fused_qk_cat, fused_qk_rope_cat
+from mla_fusions.key_writers import cat_and_cache_mla
+from mla_fusions.latent_writers import concat_and_cache_mla, concat_and_cache_mla_seg
 from mla_fusions.layer import MLAEpilogue, MLAPrologue
 from mla_fusions.norm_writers import (
     fused_kv_norm_rope_group_quant,
@@ -52,6 +50,7 @@ from mla_fusions.rope_head_writers import (
 from mla_fusions.rope_writers import (
     fused_qk_rope_cat_and_cache_mla,
     fused_qk_rope_concat_and_cache_mla,
+    fused_qk_rope_concat_and_cache_mla_seg,
     fused_qk_rope_write_kv_cache,
 )
 
@@ -74,11 +73,14 @@ __all__ = [
     "fused_kv_norm_rope_group_quant",
     "fused_kv_norm_rope_write_kv_cache",
     "fused_nvfp4_bmm_rope_cat_and_cache_mla",
+    "fused_qk_cat",
     "fused_qk_rmsnorm",
     "fused_qk_rmsnorm_group_quant",
     "fused_qk_rmsnorm_per_token_quant",
+    "fused_qk_rope_cat",
     "fused_qk_rope_cat_and_cache_mla",
     "fused_qk_rope_concat_and_cache_mla",
+    "fused_qk_rope_concat_and_cache_mla_seg",
     "fused_qk_rope_cosine_cache_llama",
     "fused_qk_rope_reshape_and_cache",
     "fused_qk_rope_write_kv_cache",

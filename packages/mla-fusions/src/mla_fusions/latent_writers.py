@@ -83,7 +83,7 @@ def concat_and_cache_mla(
         kv_cache = kv_cache[:, :, 0]
     dtypes = (kv_cache.dtype,)
     check_tensor(op, "kv_cache", kv_cache, shape=shape, dtypes=dtypes, device=kv_c.device)
-    _write(op, layout, dims, kv_cache.shape[1], kv_cache, kv_c, k_pe, slot_mapping, scale)
+    write(op, layout, dims, kv_cache.shape[1], kv_cache, kv_c, k_pe, slot_mapping, scale)
 
 
 @uncompiled
@@ -131,87 +131,7 @@ def concat_and_cache_mla_seg(
     else:
         layout = get(layout.name.replace("fp8", "fp8_seg576"))
     pages = kv_cache.view(torch.uint8)
-    _write(op, layout, dims, page_size, pages, kv_c, k_pe, slot_mapping, scale)
-
-
-@uncompiled
-def cat_and_cache_mla(
-    k_nope: torch.Tensor,
-    k_pe: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor | None,
-    apply_scale: bool = True,
-    shuffled_kv_cache: bool = False,
-) -> None:
-    """Write ``k_nope`` followed by ``k_pe`` for each key head, without rotating anything.
-
-    Call-compatible with the Triton op of the same name in ROCm/aiter.
-
-    Parameters
-    ----------
-    k_nope : [>= T, h, c], bf16, fp16 or fp32, last dim contiguous
-    k_pe : [>= T, h, r], like ``k_nope``
-    kv_cache : [num_slots, h, c + r], or [num_blocks, h, block_size, c + r] if shuffled
-        bf16, fp16, fp32 or fp8; dense from the heads on. Shuffled ones may also be uint8 with
-        ``(c + r) * 9 / 16`` columns, which is NVFP4.
-    slot_mapping : [T], int64 or int32
-        As in `concat_and_cache_mla`.
-    k_scale : fp32, one element, or None
-        Rows are divided by it before they are stored, unless it is None or not ``apply_scale``.
-    apply_scale : bool
-    shuffled_kv_cache : bool
-        Blocks are stored in 16-token tiles of 16-byte lanes.
-
-    Raises
-    ------
-    LayoutError, BackendUnavailableError, UnsupportedProblemError
-
-    Notes
-    -----
-    Differences from aiter: rows are divided by the scale, not multiplied by its rounded
-    reciprocal; fp8 saturates; fewer slots than rows are legal. Several heads, and scales for caches
-    that are not fp8, take a few more launches. Any backend may run.
-    """
-    op = "cat_and_cache_mla"
-    device, dtypes = k_nope.device, (k_nope.dtype,)
-    shape: tuple[int | str, ...] = ("T", "heads", "c")
-    check_tensor(op, "k_nope", k_nope, shape=shape, dtypes=ROWS, device=device)
-    num_rows, heads, rank = k_nope.shape
-    shape = (num_rows, heads, "r")
-    check_tensor(op, "k_pe", k_pe, shape=shape, dtypes=dtypes, device=device)
-    dims = MLADims(1, rank, k_pe.shape[2])
-    check_tensor(op, "slot_mapping", slot_mapping, shape=("T",), dtypes=SLOTS, device=device)
-    layout, width = keys_layout(op, kv_cache, dims, is_shuffled=shuffled_kv_cache)
-    shape = ("num_blocks", heads, "block_size", width) if shuffled_kv_cache else (
-        "num_slots", heads, width
-    )  # fmt: skip
-    check_tensor(op, "kv_cache", kv_cache, shape=shape, dtypes=(kv_cache.dtype,), device=device)
-    page_size = kv_cache.shape[2] if shuffled_kv_cache else 1
-    if heads > 1:
-        # Each head of a block is a block of its own.
-        if not kv_cache.is_contiguous():
-            raise LayoutError(
-                f"{op}: kv_cache must be contiguous for several heads, got strides "
-                f"{kv_cache.stride()}"
-            )
-        kv_cache = kv_cache.flatten(0, 1)
-        num_tokens = slot_mapping.shape[0]
-        head = torch.arange(heads, device=device)
-        slots = slot_mapping.long()[:, None]
-        apart = (slots // page_size * heads + head) * page_size + slots % page_size
-        slot_mapping = torch.where(slots >= 0, apart, -1).flatten()
-        k_nope, k_pe = k_nope[:num_tokens].flatten(0, 1), k_pe[:num_tokens].flatten(0, 1)
-    else:
-        kv_cache, k_nope, k_pe = kv_cache[:, 0], k_nope[:, 0], k_pe[:, 0]
-    if k_scale is None or not apply_scale:
-        k_scale = torch.ones(1, device=device) if layout.needs_scale else None
-    elif not layout.needs_scale:
-        scale = as_scale(op, "k_scale", k_scale, device)
-        k_nope, k_pe = k_nope.float() / scale, k_pe.float() / scale
-    if not shuffled_kv_cache:
-        kv_cache = kv_cache[:, None]
-    _write(op, layout, dims, page_size, kv_cache, k_nope, k_pe, slot_mapping, k_scale)
+    write(op, layout, dims, page_size, pages, kv_c, k_pe, slot_mapping, scale)
 
 
 def as_scale(
@@ -321,7 +241,7 @@ def keys_layout(
     return get(names[dtype]), width
 
 
-def _write(
+def write(
     op: str,
     layout: Layout,
     dims: MLADims,

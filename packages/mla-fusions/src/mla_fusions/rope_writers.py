@@ -257,35 +257,172 @@ def fused_qk_rope_concat_and_cache_mla(
     """
     op = "fused_qk_rope_concat_and_cache_mla"
     _check_queries(op, q_nope, q_pe)
-    device = q_nope.device
-    num_tokens, _, rank = q_nope.shape
-    width = q_pe.shape[2]
+    rank, width = q_nope.shape[2], q_pe.shape[2]
     if kv_c.ndim == 2 and k_pe.ndim == 2:
         kv_c, k_pe = kv_c[:, None], k_pe[:, None]
-    shape: tuple[int | str, ...] = (num_tokens, "kh", rank)
-    check_tensor(op, "kv_c", kv_c, shape=shape, dtypes=ROWS, device=device)
-    key_heads, dtypes = kv_c.shape[1], (kv_c.dtype,)
-    shape = (num_tokens, key_heads, width)
-    check_tensor(op, "k_pe", k_pe, shape=shape, dtypes=dtypes, device=device)
-    _check_slots(op, slot_mapping, num_tokens, device)
+    _check_keys(op, kv_c, k_pe, q_nope, width)
     if kv_cache.ndim == 3:
         kv_cache = kv_cache[:, :, None]
-    shape = ("num_blocks", "block_size", key_heads, rank + width)
+    shape = ("num_blocks", "block_size", kv_c.shape[1], rank + width)
     dtypes = (kv_cache.dtype,)
-    check_tensor(op, "kv_cache", kv_cache, shape=shape, dtypes=dtypes, device=device)
-    if not kv_cache.shape[1] or not key_heads:
+    check_tensor(op, "kv_cache", kv_cache, shape=shape, dtypes=dtypes, device=q_nope.device)
+    if not kv_cache.shape[1] or not kv_cache.shape[2]:
         raise LayoutError(
             f"{op}: kv_cache must have blocks of a token or more and a head or more, got "
             f"{tuple(kv_cache.shape)}"
         )
+    if is_nope_first:
+        stored = kv_cache[..., :rank], kv_cache[..., rank:]
+    else:
+        stored = kv_cache[..., width:], kv_cache[..., :width]
+    _concat_and_cache(
+        op,
+        q_nope,
+        q_pe,
+        kv_c,
+        k_pe,
+        stored,
+        q_out,
+        slot_mapping,
+        k_scale,
+        q_scale,
+        positions,
+        cos_cache,
+        sin_cache,
+        is_neox,
+        is_nope_first,
+        compute_all_q_rope,
+        offs,
+        rotary_dim,
+        dim_offset,
+    )
+
+
+@uncompiled
+def fused_qk_rope_concat_and_cache_mla_seg(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    q_out: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | float | None,
+    q_scale: torch.Tensor | float | None,
+    positions: torch.Tensor,
+    cos_cache: torch.Tensor,
+    sin_cache: torch.Tensor,
+    is_neox: bool,
+    is_nope_first: bool = True,
+    compute_all_q_rope: bool = False,
+    *,
+    offs: torch.Tensor | None = None,
+    rotary_dim: int | None = None,
+    dim_offset: int = 0,
+) -> None:
+    """Do `fused_qk_rope_concat_and_cache_mla` for pages of all latents and then all rotary parts.
+
+    Call-compatible with the op of the same name in ROCm/aiter.
+
+    Parameters
+    ----------
+    q_nope, q_pe, q_out, slot_mapping, k_scale, q_scale, positions, cos_cache, sin_cache, is_neox
+        As in `fused_qk_rope_concat_and_cache_mla`, and so are those not named here.
+    kv_c : [T, c], bf16, fp16 or fp32, last dim contiguous
+    k_pe : [T, r], like ``kv_c``
+    kv_cache : [num_blocks, page_size * (c + r)], dense inside a block
+        Of the dtype of ``kv_c``, fp8 or uint8; as in `concat_and_cache_mla_seg`.
+    is_nope_first : bool
+        True: such pages have one order.
+    compute_all_q_rope : bool
+        As there; the original does not have it.
+
+    Raises
+    ------
+    LayoutError, BackendUnavailableError, UnsupportedProblemError
+
+    Notes
+    -----
+    One launch. Differences from aiter: those of `fused_qk_rope_concat_and_cache_mla`; any page
+    size, which follows from the shape of a block, any width, and any dtype of both outputs.
+    """
+    op = "fused_qk_rope_concat_and_cache_mla_seg"
+    if not is_nope_first:
+        raise LayoutError(f"{op}: is_nope_first must be True, got {is_nope_first}")
+    _check_queries(op, q_nope, q_pe)
+    rank, width, device = q_nope.shape[2], q_pe.shape[2], q_nope.device
+    for name, part in (("kv_c", kv_c), ("k_pe", k_pe)):
+        check_tensor(op, name, part, shape=("T", "width"), dtypes=ROWS, device=device)
+    kv_c, k_pe = kv_c[:, None], k_pe[:, None]
+    _check_keys(op, kv_c, k_pe, q_nope, width)
+    shape, dtypes = ("num_blocks", f"page_size * {rank + width}"), (kv_cache.dtype,)
+    check_tensor(op, "kv_cache", kv_cache, shape=shape, dtypes=dtypes, device=device)
+    page_size, rest = divmod(kv_cache.shape[1], rank + width)
+    if rest or not page_size:
+        raise LayoutError(
+            f"{op}: kv_cache must be [num_blocks, page_size * {rank + width}], got "
+            f"{tuple(kv_cache.shape)}"
+        )
+    latents, ropes = kv_cache.split([page_size * rank, page_size * width], 1)
+    stored = (
+        latents.unflatten(1, (page_size, 1, rank)),
+        ropes.unflatten(1, (page_size, 1, width)),
+    )
+    _concat_and_cache(
+        op,
+        q_nope,
+        q_pe,
+        kv_c,
+        k_pe,
+        stored,
+        q_out,
+        slot_mapping,
+        k_scale,
+        q_scale,
+        positions,
+        cos_cache,
+        sin_cache,
+        is_neox,
+        True,
+        compute_all_q_rope,
+        offs,
+        rotary_dim,
+        dim_offset,
+    )
+
+
+def _concat_and_cache(
+    op: str,
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    stored: tuple[torch.Tensor, torch.Tensor],
+    q_out: torch.Tensor,
+    slots: torch.Tensor,
+    k_scale: torch.Tensor | float | None,
+    q_scale: torch.Tensor | float | None,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    is_neox: bool,
+    is_nope_first: bool,
+    compute_all_q_rope: bool,
+    offsets: torch.Tensor | None,
+    rotary_dim: int | None,
+    dim_offset: int,
+) -> None:
+    """Check the rest and launch; ``stored`` are the parts of a cache, [blocks, page, kh, ...]."""
+    num_tokens, key_heads = kv_c.shape[:2]
+    check_slots(op, slots, num_tokens, kv_c.device)
     turn = rotation_of(
         op,
-        cos=cos_cache,
-        sin=sin_cache,
+        cos=cos,
+        sin=sin,
         positions=positions,
-        offsets=offs,
+        offsets=offsets,
         num_tokens=num_tokens,
-        width=width,
+        width=q_pe.shape[2],
         is_neox=is_neox,
         rotary_dim=rotary_dim,
         dim_offset=dim_offset,
@@ -300,24 +437,20 @@ def fused_qk_rope_concat_and_cache_mla(
         is_nope_first=is_nope_first,
         needs_slot=not compute_all_q_rope,
     )
-    codec, factor = _key_codec(op, kv_c, kv_cache, k_scale)
-    if isinstance(codec, PerTensor):
-        kv_cache = kv_cache.view(torch.uint8)
-    place, turned_place = (0, rank) if is_nope_first else (width, 0)
-    num_blocks, page_size = kv_cache.shape[:2]
+    codec, factor = _key_codec(op, kv_c, stored[0], k_scale)
+    num_blocks, page_size = stored[0].shape[:2]
     fields, targets = [], []
-    for name, part, first in (("kv_c", kv_c, place), ("k_pe", k_pe, turned_place)):
-        out = kv_cache[..., first : first + part.shape[2]]
-        size = kv_cache.element_size()
-        tokens, elems = Digit(page_size, kv_cache.stride(1) * size), Digit(part.shape[2], size)
+    for name, part, each in (("kv_c", kv_c, stored[0]), ("k_pe", k_pe, stored[1])):
+        out = each.view(torch.uint8) if isinstance(codec, PerTensor) else each
+        size = out.element_size()
+        tokens, elems = Digit(page_size, out.stride(1) * size), Digit(part.shape[2], size)
         fields.append(Field(name, codec.dtype, 0, 0, (tokens,), (elems,)))
-        live = part[: slot_mapping.shape[0]]
-        targets.append(head_writers.target_of(live, out, None, factor, 2))
-    spec = head_writers.spec_of(codec, arch_of(device), (fields[0], fields[1]), False)
+        targets.append(head_writers.target_of(part[: slots.shape[0]], out, None, factor, 2))
+    spec = head_writers.spec_of(codec, arch_of(kv_c.device), (fields[0], fields[1]), False)
     if factor is None:
         spec = undivided(spec)
     num_slots = num_blocks * page_size
-    keys = Keys(spec, targets[0], targets[1], slot_mapping, num_slots, key_heads, num_tokens)
+    keys = Keys(spec, targets[0], targets[1], slots, num_slots, key_heads, num_tokens)
     rotate_and_write(op, turn, queries, keys)
 
 
@@ -480,7 +613,7 @@ def cat_and_cache(
             f"{op}: k_nope must have a head or more and at least {num_tokens} tokens, as q_nope "
             f"has, got {tuple(k_nope.shape)}"
         )
-    _check_slots(op, slot_mapping, num_keys, device)
+    check_slots(op, slot_mapping, num_keys, device)
     if not 0 <= num_extra <= num_tokens:
         raise LayoutError(
             f"{op}: num_decode_toks_for_zeros must be in 0..{num_tokens}, got {num_extra}"
@@ -518,11 +651,46 @@ def cat_and_cache(
         pe_out=decode_q_pe_out if num_extra else None,
         zeros=zeros if num_extra else None,
     )
+    keys = keys_of(
+        op,
+        k_nope,
+        k_pe,
+        kv_cache,
+        slot_mapping,
+        k_scale,
+        is_shuffled=is_shuffled,
+        num_turned=num_tokens,
+        out=k_pe_out,
+    )
+    return turn, queries, keys, (q_out, decode_q_pe_out, k_pe_out, zeros)
+
+
+def keys_of(
+    op: str,
+    k_nope: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slots: torch.Tensor,
+    k_scale: torch.Tensor | float | None,
+    *,
+    is_shuffled: bool,
+    num_turned: int = 0,
+    out: torch.Tensor | None = None,
+) -> Keys:
+    """Check the cache and the scale of keys [T, kh, ...], which were checked.
+
+    Raises
+    ------
+    LayoutError
+    """
+    device = k_nope.device
+    _, key_heads, rank = k_nope.shape
+    width = k_pe.shape[2]
     dims = MLADims(1, rank, width)
     layout, row = keys_layout(op, kv_cache, dims, is_shuffled=is_shuffled)
-    shape = ("num_blocks", key_heads, "block_size", row) if is_shuffled else (
-        "num_slots", key_heads, row
-    )  # fmt: skip
+    shape: tuple[int | str, ...] = ("num_slots", key_heads, row)
+    if is_shuffled:
+        shape = ("num_blocks", key_heads, "block_size", row)
     check_tensor(op, "kv_cache", kv_cache, shape=shape, dtypes=(kv_cache.dtype,), device=device)
     page_size = kv_cache.shape[2] if is_shuffled else 1
     pages = kv_cache[:, 0] if is_shuffled else kv_cache[:, 0][:, None]
@@ -534,30 +702,34 @@ def cat_and_cache(
     spec = rows.of_layout(layout, dims, page_size, arch_of(device))
     if factor is None:
         spec = undivided(spec)
-    stride = kv_cache.stride(1)
-    targets = [
-        replace(
-            rows.target_of(cache, name, part),
-            stride_h=part.stride(1),
-            out_stride_h=stride,
-            scales_stride_h=stride,
-            factor=factor,
-        )
-        for name, part in (("kv_c", k_nope), ("k_pe", k_pe))
-        if part.shape[2]
-    ]
-    keys = Keys(
+    stride, targets = kv_cache.stride(1), []
+    for name, part in (("kv_c", k_nope), ("k_pe", k_pe)):
+        if part.shape[2]:
+            one = rows.target_of(cache, name, part)
+            targets.append(
+                replace(
+                    one,
+                    stride_h=part.stride(1),
+                    out=_all_heads(one.out, key_heads, stride),
+                    out_stride_h=stride,
+                    scales=None
+                    if one.scales is None
+                    else _all_heads(one.scales, key_heads, stride),
+                    scales_stride_h=stride,
+                    factor=factor,
+                )
+            )
+    return Keys(
         spec,
         targets[0],
         targets[1] if width else None,
-        slot_mapping,
+        slots,
         cache.num_slots,
         key_heads,
-        num_tokens,
-        out=k_pe_out if width else None,
+        num_turned,
+        out=out if width else None,
         is_divided=factor is not None and not layout.needs_scale,
     )
-    return turn, queries, keys, (q_out, decode_q_pe_out, k_pe_out, zeros)
 
 
 def _check_queries(op: str, q_nope: torch.Tensor, q_pe: torch.Tensor) -> None:
@@ -567,7 +739,31 @@ def _check_queries(op: str, q_nope: torch.Tensor, q_pe: torch.Tensor) -> None:
     check_tensor(op, "q_pe", q_pe, shape=shape, dtypes=dtypes, device=device)
 
 
-def _check_slots(op: str, slots: torch.Tensor, num_rows: int, device: torch.device) -> None:
+def _check_keys(
+    op: str, kv_c: torch.Tensor, k_pe: torch.Tensor, q_nope: torch.Tensor, width: int
+) -> None:
+    num_tokens, _, rank = q_nope.shape
+    shape: tuple[int | str, ...] = (num_tokens, "kh", rank)
+    check_tensor(op, "kv_c", kv_c, shape=shape, dtypes=ROWS, device=q_nope.device)
+    shape = (num_tokens, kv_c.shape[1], width)
+    check_tensor(op, "k_pe", k_pe, shape=shape, dtypes=(kv_c.dtype,), device=q_nope.device)
+
+
+def _all_heads(first: torch.Tensor, heads: int, stride: int) -> torch.Tensor:
+    """Return all heads of what is given for the first one, so that it ends where they do."""
+    if heads == 1:
+        return first
+    shape, strides = (first.shape[0], heads), (first.stride(0), stride)
+    return first.as_strided((*shape, *first.shape[1:]), (*strides, *first.stride()[1:]))
+
+
+def check_slots(op: str, slots: torch.Tensor, num_rows: int, device: torch.device) -> None:
+    """Check slots of at most ``num_rows`` keys.
+
+    Raises
+    ------
+    LayoutError
+    """
     check_tensor(op, "slot_mapping", slots, shape=("T",), dtypes=SLOTS, device=device)
     if slots.shape[0] > num_rows:
         raise LayoutError(

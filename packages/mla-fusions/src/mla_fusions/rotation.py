@@ -38,7 +38,7 @@ class Rotation:
     cos, sin : [num_positions, columns], bf16, fp16 or fp32
     offsets : like ``positions``, or None
     rope : tuple, or None
-        As `mla_fusions.kernels.rope_rows` describes; None for rows without a rotary part.
+        As `mla_fusions.kernels.rope_rows` describes; None where nothing turns.
     """
 
     positions: torch.Tensor
@@ -90,8 +90,8 @@ class Keys:
     spec : Rows
     a, b : Target
         With as many rows as there are keys; ``b`` is None without a rotary part.
-    slots : [at most as many], int32 or int64
-        Tokens past its end are not written.
+    slots : [at most as many], int32 or int64, or None
+        Tokens past its end are not written. None is each token's own number.
     num_slots, heads : int
     num_turned : int
         Keys of tokens from here on are not rotated.
@@ -104,7 +104,7 @@ class Keys:
     spec: rows.Rows
     a: rows.Target
     b: rows.Target | None
-    slots: torch.Tensor
+    slots: torch.Tensor | None
     num_slots: int
     heads: int
     num_turned: int
@@ -172,18 +172,21 @@ def arrange(turn: Rotation, queries: Queries, keys: Keys, num_warps: int | None 
     rank = 0 if nope is None else nope.shape[2]
     num_keys = keys.a.rows.shape[0]
     tile_c, tile_r = rows.power_of_two(rank), rows.power_of_two(rope_dim)
+    has_warps = num_warps is not None
     if num_warps is None:
         is_narrow = out.dtype == torch.uint8
         block_h, num_warps = schedule(num_tokens, max(heads, 1), max(tile_c, tile_r), is_narrow)
     else:
         widest = max(tile_c, tile_r, 1 if zeros is None else rows.power_of_two(zeros.shape[2]))
         block_h = min(max(1, num_warps * _JOINED_ELEMENTS // widest), rows.power_of_two(heads))
-    block_t, _ = keys.spec.schedule(num_keys, keys.heads)
+    block_t, key_warps = keys.spec.schedule(num_keys, keys.heads)
     writes_keys = num_keys and (keys.num_slots or keys.out is not None)
     num_kv_programs = -(-num_keys // block_t) * keys.heads if writes_keys else 0
     # Queries whose latent part is written elsewhere may have no other.
     writes_queries = rank or rope_dim or zeros is not None
     num_q_programs = num_tokens * -(-heads // block_h) if writes_queries else 0
+    if not num_q_programs and not has_warps:
+        num_warps = key_warps
     places = (0, rank) if queries.is_nope_first else (rope_dim, 0)
     zero_width = 0 if zeros is None else zeros.shape[2]
     pointers, numbers, strides = arguments_of(turn, keys)
@@ -232,10 +235,10 @@ def arguments_of(
 
     Pointers, numbers, and strides but those of the tables.
     """
-    pointers, strides = rows.operands(keys.slots, keys.a, keys.b)
+    pointers, strides = rows.operands(keys.a.rows, keys.a, keys.b)
     numbers = (
         keys.a.rows.shape[0],
-        keys.slots.shape[0],
+        keys.a.rows.shape[0] if keys.slots is None else keys.slots.shape[0],
         keys.num_turned,
         keys.num_slots,
         turn.cos.shape[0],

@@ -154,7 +154,7 @@ def write_keys(
     a_ptr,
     b_ptr,
     k_out_ptr,
-    slots_ptr,
+    slots_ptr,  # None where the slot of a token is its own number
     positions_ptr,
     offsets_ptr,
     cos_ptr,
@@ -187,7 +187,7 @@ def write_keys(
     b_scales_stride_p,
     b_scales_stride_h,
     KEY_HEADS: tl.constexpr,
-    ROPE: tl.constexpr,
+    ROPE: tl.constexpr,  # None where part b does not turn
     IS_IN_PLACE: tl.constexpr,
     IS_DIVIDED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -212,9 +212,12 @@ def write_keys(
     tokens = (program // KEY_HEADS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < num_keys
     # Rows of skipped tokens are loaded too: waiting for the slots would double the latency.
-    slots = tl.load(slots_ptr + tokens, mask=tokens < num_written, other=-1).to(tl.int64)
+    if slots_ptr is None:
+        slots = tl.where(tokens < num_written, tokens, -1)
+    else:
+        slots = tl.load(slots_ptr + tokens, mask=tokens < num_written, other=-1).to(tl.int64)
     a_factor = load_factor(a_factor_ptr, A_CODEC)
-    if ROPE is not None:
+    if B_SHAPE is not None:
         b_factor = load_factor(b_factor_ptr, B_CODEC)
     a = load_rows(a_ptr, a_stride_t, a_stride_h, tokens, head, is_token, A_SHAPE)
     is_live = (slots >= 0) & (slots < num_slots)
@@ -259,6 +262,8 @@ def write_keys(
             None,
             IS_GEMMA,
         )
+    elif B_SHAPE is not None:
+        b = load_rows(b_ptr, b_stride_t, b_stride_h, tokens, head, is_token, B_SHAPE)
     if IS_IN_PLACE:
         # All is read before any of it is written over.
         tl.debug_barrier()
@@ -266,7 +271,7 @@ def write_keys(
         starts = a_normed_ptr + (tokens * a_normed_stride_t)[:, None, None]
         mask = is_token[:, None, None] & (e < A_SHAPE[0])
         tl.store(starts + e, a.to(a_normed_ptr.dtype.element_ty), mask=mask)
-    if ROPE is not None:
+    if B_SHAPE is not None:
         if k_out_ptr is not None:
             e = tl.arange(0, B_SHAPE[1])[None, :, None] * B_SHAPE[2]
             e += tl.arange(0, B_SHAPE[2])[None, None, :]
@@ -274,7 +279,7 @@ def write_keys(
             mask = is_token[:, None, None] & (e < B_SHAPE[0])
             tl.store(starts + e, b.to(k_out_ptr.dtype.element_ty), mask=mask)
         if IS_DIVIDED:
-            b = tl.div_rn(b, tl.load(b_factor_ptr))
+            b = tl.div_rn(b.to(tl.float32), tl.load(b_factor_ptr))
         store_rows(
             b,
             b_out_ptr,
@@ -399,6 +404,13 @@ def write_queries(
             if ROPE[0] < Q_SHAPE[2]:
                 stored = encode(place, rest, q_factor, None)
                 tl.store(place[:, None] + r, stored, mask=is_copied[:, None] & stays)
+    elif Q_SHAPE[2] > 0:
+        r = tl.arange(0, Q_SHAPE[3])[None, :]
+        starts = q_pe_ptr + (token * q_pe_stride_t + heads * q_pe_stride_h)[:, None]
+        rest = tl.load(starts + r, mask=is_head[:, None] & (r < Q_SHAPE[2]), other=0)
+        stored = encode(out, rest, q_factor, Q_CODEC)
+        mask = is_live[:, None] & (r < Q_SHAPE[2])
+        tl.store(out[:, None] + Q_SHAPE[5] + r, stored, mask=mask)
     if Q_SHAPE[0] > 0:
         stored = encode(out, nope, q_factor, Q_CODEC)
         mask = is_live[:, None] & (c < Q_SHAPE[0])
@@ -434,8 +446,8 @@ def rope_rows_kernel(
     a_ptr,  # [num_keys, KEY_HEADS, A_SHAPE[0]] floating
     b_ptr,  # [num_keys, KEY_HEADS, B_SHAPE[0]] floating; unused without B_SHAPE
     k_out_ptr,  # like b, or None
-    slots_ptr,  # [num_written] i32 or i64
-    positions_ptr,  # [T] i32 or i64
+    slots_ptr,  # [num_written] i32 or i64, or None where the slot of a token is its own number
+    positions_ptr,  # [T] i32 or i64; neither it nor the tables are read without ROPE
     offsets_ptr,  # like positions, or None
     cos_ptr,  # [num_positions, columns] floating
     sin_ptr,
@@ -483,7 +495,7 @@ def rope_rows_kernel(
     KEY_HEADS: tl.constexpr,
     Q_SHAPE: tl.constexpr,  # width, tile of latent, rotary part; places of both; width, tile of 0s
     Q_CODEC: tl.constexpr,
-    ROPE: tl.constexpr,  # None without a rotary part
+    ROPE: tl.constexpr,  # None where nothing turns
     IS_IN_PLACE: tl.constexpr,  # rotated rows may replace those they come from
     IS_DIVIDED: tl.constexpr,  # rows are divided by the factors before they are encoded
     SKIPS_QUERIES: tl.constexpr,  # of tokens without a slot
