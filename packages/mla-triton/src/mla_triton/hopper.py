@@ -319,7 +319,7 @@ def _prepare(
     is_packed = kv_c.itemsize == 1
     num_groups = kv_scale.shape[2] if kv_scale is not None and kv_scale.ndim > 1 else 0
     # Rows of an fp8 cache are copied as bytes, whatever is in them.
-    unit, pe_unit = (1, k_pe.itemsize) if is_packed else (1, 1)
+    pe_unit = k_pe.itemsize if is_packed else 1
     kv_c_desc, k_pe_desc, page_rows, pe_rows = _descriptors(kv_c, k_pe)
     tile_rows, rank = config["M"], plan.dims.kv_lora_rank
     is_empty = not request.batch_size or not request.max_seqlen_q or not out.numel()
@@ -357,7 +357,7 @@ def _prepare(
             *lse_strides,
             *_row_strides(ql_nope),
             *_row_strides(q_pe),
-            *(stride * unit for stride in _row_strides(kv_c)),
+            *_row_strides(kv_c),
             *(stride * pe_unit for stride in _row_strides(k_pe)),
             *scale_strides(kv_scale),
         ),

@@ -218,7 +218,7 @@ def hopper_decode_kernel(
             gl.warp_specialize(
                 [
                     (packed_partition, (task, rows, packed, weights, staging)),
-                    (load_partition, (task, cache, kv_c_desc, k_pe_desc, packed, M, LOADERS)),
+                    (load_partition, (task, cache, kv_c_desc, k_pe_desc, packed, M)),
                 ],
                 [LOADERS],
                 [LOADER_REGISTERS],
@@ -233,7 +233,7 @@ def hopper_decode_kernel(
                 [
                     (left_partition, (task, rows, tiles, exchange, False)),
                     (right_partition, (task, rows, tiles, exchange)),
-                    (load_partition, (task, cache, kv_c_desc, k_pe_desc, tiles, M, LOADERS)),
+                    (load_partition, (task, cache, kv_c_desc, k_pe_desc, tiles, M)),
                 ],
                 [4, LOADERS],
                 [RIGHT_REGISTERS, LOADER_REGISTERS],
@@ -243,7 +243,7 @@ def hopper_decode_kernel(
             gl.warp_specialize(
                 [
                     (narrow_partition, (task, rows, tiles, weights)),
-                    (load_partition, (task, cache, kv_c_desc, k_pe_desc, tiles, M, LOADERS)),
+                    (load_partition, (task, cache, kv_c_desc, k_pe_desc, tiles, M)),
                 ],
                 [LOADERS],
                 [LOADER_REGISTERS],

@@ -205,11 +205,11 @@ class Tiles:
         return stage
 
     @gluon.jit
-    def load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count, WARPS: gl.constexpr):
+    def load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count):
         """Start copying a tile that lies in one page, all of it live, through TMA."""
         HALF: gl.constexpr = self.a.shape[2]
         BYTES: gl.constexpr = self.a.dtype.primitive_bitwidth // 8
-        flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         row = page * cache.kv_c_page_rows + start % cache.PAGE_SIZE
         rope_row = page * cache.k_pe_page_rows + start % cache.PAGE_SIZE
         a = self.claim_a(count)
@@ -224,10 +224,11 @@ class Tiles:
         arrive_copied(self.full_b.index(b))
 
     @gluon.jit
-    def load_tokens(self, cache, page_begin, start, lowest, highest, count, WARPS: gl.constexpr):
+    def load_tokens(self, cache, page_begin, start, lowest, highest, count):
         """Start copying a tile token by token; dead tokens become zeros."""
         HALF: gl.constexpr = self.a.shape[2]
         R: gl.constexpr = self.rope.shape[2]
+        WARPS: gl.constexpr = gl.num_warps()
         LANES: gl.constexpr = R // 8
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
         flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -337,26 +338,25 @@ def load_tiles(
     lowest,
     highest,
     count,
-    WARPS: gl.constexpr,
 ):
     """Start copying the tiles [first, last) of a request; return the count of the next tile."""
     for tile in range(first, last):
         start = tile * TILE
         if kv_c_desc is None:
-            tiles.load_tokens(cache, page_begin, start, lowest, highest, count, WARPS)
+            tiles.load_tokens(cache, page_begin, start, lowest, highest, count)
         else:
             page = gl.load(cache.page_indices_ptr + page_begin + start // cache.PAGE_SIZE)
             is_inside = (start >= lowest) & (start + TILE <= highest)
             if is_inside & (page >= 0) & (page < cache.num_pages):
-                tiles.load_whole(cache, kv_c_desc, k_pe_desc, page, start, count, WARPS)
+                tiles.load_whole(cache, kv_c_desc, k_pe_desc, page, start, count)
             else:
-                tiles.load_tokens(cache, page_begin, start, lowest, highest, count, WARPS)
+                tiles.load_tokens(cache, page_begin, start, lowest, highest, count)
         count += 1
     return count
 
 
 @gluon.jit
-def load_partition(task, cache, kv_c_desc, k_pe_desc, tiles, M: gl.constexpr, WARPS: gl.constexpr):
+def load_partition(task, cache, kv_c_desc, k_pe_desc, tiles, M: gl.constexpr):
     """Feed the spans of a worker to the partitions that compute."""
     batch, shares, num_heads = task.batch, task.shares, task.output.num_heads
     worker, block = task.worker, task.block
@@ -379,7 +379,6 @@ def load_partition(task, cache, kv_c_desc, k_pe_desc, tiles, M: gl.constexpr, WA
                 item.lowest,
                 item.highest,
                 count,
-                WARPS,
             )
         begin = item.next_begin
         place = item.next_begin

@@ -111,10 +111,10 @@ class PackedTiles:
             copy_async(self.scale.index(stage * self.GROUPS + group), source, mask=is_live)
 
     @gluon.jit
-    def load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count, WARPS: gl.constexpr):
+    def load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count):
         """Start copying a tile that lies in one page, all of it live: through TMA, but scales."""
         BYTES: gl.constexpr = self.CHUNKS * CHUNK + self.rope.shape[2]
-        flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         row = page * cache.kv_c_page_rows + start % cache.PAGE_SIZE
         rope_row = page * cache.k_pe_page_rows + start % cache.PAGE_SIZE
         stage = self.claim(count)
@@ -131,9 +131,10 @@ class PackedTiles:
         arrive_copied(full)
 
     @gluon.jit
-    def load_tokens(self, cache, page_begin, start, lowest, highest, count, WARPS: gl.constexpr):
+    def load_tokens(self, cache, page_begin, start, lowest, highest, count):
         """Start copying a tile token by token; dead tokens become zeros."""
         ROPE_BYTES: gl.constexpr = self.rope.shape[2]
+        WARPS: gl.constexpr = gl.num_warps()
         LANES: gl.constexpr = ROPE_BYTES // 16
         wide: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
         narrow: gl.constexpr = gl.BlockedLayout([1, 16], [32 // LANES, LANES], [WARPS, 1], [1, 0])
