@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from dataclasses import asdict
 
@@ -23,6 +24,7 @@ from mla_triton.backend import BACKEND, HOPPER_ROWS
 
 PLAIN = AttentionOptions()
 EVERYTHING = AttentionOptions(window=100, softcap=30.0)
+ACCESS = re.compile(r"(ld|st|atom|red|cp\.\S+)\.global")
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "v_mfma")
 
 
@@ -134,6 +136,9 @@ def hopper_cases():
         )
         if any(not row.why_not(problem) for row in HOPPER_ROWS):
             yield case
+    # Merges of few pieces and of many; eight are among the cases before.
+    for rank, splits in itertools.product((256, 512), (3, 32)):
+        yield aot.DecodeCase("sm90", MLADims(16, rank), num_kv_splits=splits, has_sink=True)
 
 
 def too_large_for_two(built):
@@ -142,6 +147,24 @@ def too_large_for_two(built):
         return []
     shared = built.resources.shared_bytes + 1024  # of which CUDA keeps 1 KiB
     return [] if 2 * shared <= 228 * 1024 else [f"{shared} bytes of shared memory"]
+
+
+def too_early(built, text):
+    """Say where a kernel that is launched while others end does not wait for them."""
+    if ".hopper." not in built.name:
+        return []
+    partitions = built.resources.num_threads // 128 if "decode" in built.name else 1
+    lines = text.splitlines()
+    waits = [place for place, line in enumerate(lines) if "griddepcontrol.wait" in line]
+    found = [] if len(waits) == partitions else [f"{len(waits)} waits, {partitions} partitions"]
+    begin = 0
+    for wait in waits:
+        # After the first one, a partition begins where it is handed its arguments.
+        handed = [place for place in range(begin, wait) if "barrier.sync" in lines[place]]
+        start = handed[-1] if begin and handed else begin
+        found += [f"before a wait: {line}" for line in lines[start:wait] if ACCESS.search(line)]
+        begin = wait + 1
+    return found
 
 
 def check(what):
@@ -161,7 +184,11 @@ def check(what):
             "name": built.name,
             "configuration": built.configuration,
             "cases": built.cases,
-            "excess": [*built.resources.excess(arch), *too_large_for_two(built)],
+            "excess": [
+                *built.resources.excess(arch),
+                *too_large_for_two(built),
+                *too_early(built, text),
+            ],
             "resources": asdict(built.resources),
             "is_binary": (asm.get("cubin") or asm["hsaco"])[:4] == b"\x7fELF",
             "matrix_instructions": sum(text.count(name) for name in INSTRUCTIONS),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mla_core.arch import cpu_as
 from mla_core.batch import PagedKV
 from mla_core.cache import LatentCache
 from mla_core.dims import MLADims
-from mla_core.plan import AttentionOptions, PlanRequest
+from mla_core.plan import AttentionOptions, PlanRequest, plan_decode
 from mla_core.problem import Problem
 from mla_triton import hopper
 from mla_triton.backend import HOPPER_ROWS
@@ -161,6 +162,83 @@ def test_two_programs_over_fp8_caches_share_a_multiprocessor(batch, runs):
     schedule = hopper.make_schedule(request_of(16, batch, 8192, kv_dtype="fp8_e4m3"), SMS)
     assert schedule.kernel == "hopper_packed"
     assert schedule.config["max_runs"] == runs
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_dtype", "kernel"),
+    [
+        (32, "bf16", "hopper_narrow"),
+        (33, "bf16", "hopper_wide"),
+        (32, "fp8_e4m3", "hopper_packed"),
+        (33, "fp8_e4m3", "hopper_converted"),
+    ],
+)
+def test_kernel(heads, kv_dtype, kernel):
+    request = request_of(heads, 128, 4096, kv_dtype=kv_dtype)
+    schedule = hopper.make_schedule(request, SMS)
+    assert schedule.kernel == kernel
+    # Two programs share a multiprocessor in this one alone.
+    assert ("two on each" in schedule.because) == (kernel == "hopper_packed")
+
+
+def test_an_invariant_plan_over_fp8_caches_takes_the_tile_of_one_query_token():
+    request = request_of(16, 4, 4096, q_len=4, kv_dtype="fp8_e4m3", features=["batch_invariant"])
+    schedule = hopper.make_schedule(request, SMS)
+    assert (schedule.kernel, schedule.config["row_blocks"]) == ("hopper_packed", 4)
+
+
+def call_of(heads, layout="bf16", splits=1, *, rank=512, batch=2):
+    """Return what a call on a GPU would pass, from tensors on the CPU."""
+    pytest.importorskip("mla_triton.kernels.hopper.decode")
+    dims = MLADims(heads, rank)
+    scale = {"scale": torch.ones(1)} if layout == "fp8" else {}
+    cache = LatentCache.allocate(layout, dims, batch, 64, **scale)
+    index = torch.arange(batch + 1, dtype=torch.int32)
+    kv = PagedKV(cache, index, index[:batch], torch.full((batch,), 64, dtype=torch.int32))
+    q = torch.zeros(batch, heads, rank + 64, dtype=torch.bfloat16)
+    out = torch.zeros(batch, heads, rank, dtype=torch.bfloat16)
+    with cpu_as("sm90"):
+        plan = plan_decode(dims, index, kv, backend="triton", num_kv_splits=splits)
+    assert plan.schedule.kernel.startswith("hopper")
+    return hopper._prepare(q[..., :rank], q[..., rank:], kv, plan, out, None)
+
+
+@pytest.mark.parametrize(
+    ("heads", "layout", "is_early"),
+    [
+        *((16, "bf16", True), (64, "bf16", True)),
+        *((16, "fp8", False), (64, "fp8", True)),
+        *((16, "fp8_ds656", False), (64, "fp8_ds656", True)),
+    ],
+)
+def test_what_is_launched_while_the_kernel_before_ends(heads, layout, is_early):
+    """All but where two programs fit a multiprocessor; merges always."""
+    call = call_of(heads, layout, splits=3)
+    assert call.constants["launch_pdl"] == is_early
+    assert call.merge_constants["launch_pdl"]
+
+
+@pytest.mark.parametrize("rank", [256, 512])
+@pytest.mark.parametrize("heads", [3, 16, 64])
+@pytest.mark.parametrize("splits", [2, 4, 5, 16, 17, 100])
+def test_launches_of_the_merge(splits, heads, rank):
+    call = call_of(heads, splits=splits, rank=rank)
+    constants = call.merge_constants
+    rows, warps = constants["ROWS"], constants["num_warps"]
+    assert call.merge_grid == (-(-heads // constants["M"]) * constants["M"] // rows, 2)
+    assert constants["M"] % rows == 0
+    # Warps side by side cover a row, the others take other pieces of as many rows.
+    assert warps % (rank // 128) == 0
+    assert rows * constants["UNROLL"] % (warps // (rank // 128)) == 0
+
+
+def test_what_is_not_cut_is_not_merged():
+    call = call_of(16)
+    assert (call.num_programs, call.merge_grid) == (2, ())
+
+
+def test_an_empty_batch_launches_nothing():
+    assert call_of(16, batch=0).num_programs == 0
 
 
 @pytest.mark.parametrize(("kv_dtype", "least", "most"), [("bf16", 100, 132), ("fp8_e4m3", 90, 140)])

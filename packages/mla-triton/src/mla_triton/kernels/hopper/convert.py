@@ -21,7 +21,7 @@ from mla_triton.kernels.hopper._gluon import (
     reinterpret,
     tma_load,
 )
-from mla_triton.kernels.hopper.load import TILE, Tiles
+from mla_triton.kernels.hopper.load import TILE, Tiles, load_tile
 from mla_triton.kernels.hopper.packed import CHUNK, as_bytes
 from mla_triton.kernels.hopper.schedule import deal, next_item
 
@@ -116,8 +116,8 @@ class Landing:
             copy_async(_scales(half).index(i), source + group, mask=is_live)
 
     @gluon.jit
-    def load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count, NTH: gl.constexpr):
-        """Start copying half a tile, all live and in one page: through TMA, but scales."""
+    def _load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count, NTH: gl.constexpr):
+        """Start copying half a tile, see `load_whole`."""
         HALF: gl.constexpr = self.tiles.a.shape[2]
         flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         row = page * cache.kv_c_page_rows + start % cache.PAGE_SIZE
@@ -140,8 +140,8 @@ class Landing:
         arrive_copied(landed)
 
     @gluon.jit
-    def load_tokens(self, cache, item, start, count, NTH: gl.constexpr):
-        """Start copying half a tile token by token; dead tokens become zeros."""
+    def _load_tokens(self, cache, item, start, count, NTH: gl.constexpr):
+        """Start copying half a tile, see `load_tokens`."""
         HALF: gl.constexpr = self.tiles.a.shape[2]
         WARPS: gl.constexpr = gl.num_warps()
         LANES: gl.constexpr = self.ROPE_BYTES // 16
@@ -176,21 +176,16 @@ class Landing:
         arrive_copied(landed)
 
     @gluon.jit
-    def load(self, cache, kv_c_desc, k_pe_desc, item, tile, count):
-        """Start copying a tile of a request."""
-        start = tile * TILE
-        if kv_c_desc is None:
-            self.load_tokens(cache, item, start, count, 0)
-            self.load_tokens(cache, item, start, count, 1)
-        else:
-            page = gl.load(cache.page_indices_ptr + item.page_begin + start // cache.PAGE_SIZE)
-            is_inside = (start >= item.lowest) & (start + TILE <= item.highest)
-            if is_inside & (page >= 0) & (page < cache.num_pages):
-                self.load_whole(cache, kv_c_desc, k_pe_desc, page, start, count, 0)
-                self.load_whole(cache, kv_c_desc, k_pe_desc, page, start, count, 1)
-            else:
-                self.load_tokens(cache, item, start, count, 0)
-                self.load_tokens(cache, item, start, count, 1)
+    def load_whole(self, cache, kv_c_desc, k_pe_desc, page, start, count):
+        """Start copying a tile that lies in one page, all of it live: through TMA, but scales."""
+        self._load_whole(cache, kv_c_desc, k_pe_desc, page, start, count, 0)
+        self._load_whole(cache, kv_c_desc, k_pe_desc, page, start, count, 1)
+
+    @gluon.jit
+    def load_tokens(self, cache, item, start, count):
+        """Start copying a tile token by token; dead tokens become zeros."""
+        self._load_tokens(cache, item, start, count, 0)
+        self._load_tokens(cache, item, start, count, 1)
 
     @gluon.jit
     def convert(self, count):
@@ -272,11 +267,13 @@ def convert_partition(task, cache, kv_c_desc, k_pe_desc, landing, M: gl.constexp
         item = next_item(batch, work, request, begin, place)
         if item.is_item & (block * M < item.q_len * num_heads):
             for tile in range(item.first, gl.minimum(item.first + AHEAD, item.last)):
-                landing.load(cache, kv_c_desc, k_pe_desc, item, tile, count + tile - item.first)
+                nth = count + tile - item.first
+                load_tile(cache, kv_c_desc, k_pe_desc, landing, item, tile, nth)
             for tile in range(item.first, item.last):
                 landing.convert(count)
-                if tile + AHEAD < item.last:
-                    landing.load(cache, kv_c_desc, k_pe_desc, item, tile + AHEAD, count + AHEAD)
+                ahead = tile + AHEAD
+                if ahead < item.last:
+                    load_tile(cache, kv_c_desc, k_pe_desc, landing, item, ahead, count + AHEAD)
                 count += 1
         begin = item.next_begin
         place = item.next_begin

@@ -138,7 +138,7 @@ class Cache:
 class Tiles:
     """The rings of tiles in shared memory with their barriers; counts run over a whole kernel.
 
-    `load_tiles` asks of any kind of tiles that it starts copying the count-th one: ``load_whole``
+    `load_tile` asks of any kind of tiles that it starts copying the count-th one: ``load_whole``
     and ``load_tokens``.
     """
 
@@ -224,7 +224,7 @@ class Tiles:
         arrive_copied(self.full_b.index(b))
 
     @gluon.jit
-    def load_tokens(self, cache, page_begin, start, lowest, highest, count):
+    def load_tokens(self, cache, item, start, count):
         """Start copying a tile token by token; dead tokens become zeros."""
         HALF: gl.constexpr = self.a.shape[2]
         R: gl.constexpr = self.rope.shape[2]
@@ -235,9 +235,9 @@ class Tiles:
         d = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
         r = gl.arange(0, R, layout=gl.SliceLayout(0, layout))
         token = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
-        page, offset, is_live = cache.find(page_begin, token, lowest, highest)
+        page, offset, is_live = cache.find(item.page_begin, token, item.lowest, item.highest)
         token = start + gl.arange(0, TILE, layout=flat)
-        _, _, is_live_again = cache.find(page_begin, token, lowest, highest)
+        _, _, is_live_again = cache.find(item.page_begin, token, item.lowest, item.highest)
         is_live = is_live[:, None]
         kv_c = cache.kv_c_ptr + (page * cache.kv_c_stride_p + offset * cache.kv_c_stride_t)
         k_pe = cache.k_pe_ptr + (page * cache.k_pe_stride_p + offset * cache.k_pe_stride_t)
@@ -327,32 +327,18 @@ def load_rows(rows, q_begin, q_len, first_row, M: gl.constexpr, D: gl.constexpr,
 
 
 @gluon.jit
-def load_tiles(
-    cache,
-    kv_c_desc,
-    k_pe_desc,
-    tiles,
-    page_begin,
-    first,
-    last,
-    lowest,
-    highest,
-    count,
-):
-    """Start copying the tiles [first, last) of a request; return the count of the next tile."""
-    for tile in range(first, last):
-        start = tile * TILE
-        if kv_c_desc is None:
-            tiles.load_tokens(cache, page_begin, start, lowest, highest, count)
+def load_tile(cache, kv_c_desc, k_pe_desc, tiles, item, tile, count):
+    """Start copying a tile of a request as the count-th one."""
+    start = tile * TILE
+    if kv_c_desc is None:
+        tiles.load_tokens(cache, item, start, count)
+    else:
+        page = gl.load(cache.page_indices_ptr + item.page_begin + start // cache.PAGE_SIZE)
+        is_inside = (start >= item.lowest) & (start + TILE <= item.highest)
+        if is_inside & (page >= 0) & (page < cache.num_pages):
+            tiles.load_whole(cache, kv_c_desc, k_pe_desc, page, start, count)
         else:
-            page = gl.load(cache.page_indices_ptr + page_begin + start // cache.PAGE_SIZE)
-            is_inside = (start >= lowest) & (start + TILE <= highest)
-            if is_inside & (page >= 0) & (page < cache.num_pages):
-                tiles.load_whole(cache, kv_c_desc, k_pe_desc, page, start, count)
-            else:
-                tiles.load_tokens(cache, page_begin, start, lowest, highest, count)
-        count += 1
-    return count
+            tiles.load_tokens(cache, item, start, count)
 
 
 @gluon.jit
@@ -367,19 +353,10 @@ def load_partition(task, cache, kv_c_desc, k_pe_desc, tiles, M: gl.constexpr):
     place = work.place
     while (place < work.finish) & (request < batch.batch_size):
         item = next_item(batch, work, request, begin, place)
-        if item.is_item & (block * M < item.q_len * num_heads) & (item.first < item.last):
-            count = load_tiles(
-                cache,
-                kv_c_desc,
-                k_pe_desc,
-                tiles,
-                item.page_begin,
-                item.first,
-                item.last,
-                item.lowest,
-                item.highest,
-                count,
-            )
+        if item.is_item & (block * M < item.q_len * num_heads):
+            for tile in range(item.first, item.last):
+                load_tile(cache, kv_c_desc, k_pe_desc, tiles, item, tile, count)
+                count += 1
         begin = item.next_begin
         place = item.next_begin
         request += 1

@@ -131,7 +131,7 @@ class PackedTiles:
         arrive_copied(full)
 
     @gluon.jit
-    def load_tokens(self, cache, page_begin, start, lowest, highest, count):
+    def load_tokens(self, cache, item, start, count):
         """Start copying a tile token by token; dead tokens become zeros."""
         ROPE_BYTES: gl.constexpr = self.rope.shape[2]
         WARPS: gl.constexpr = gl.num_warps()
@@ -142,17 +142,17 @@ class PackedTiles:
         d = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, wide))
         r = gl.arange(0, ROPE_BYTES, layout=gl.SliceLayout(0, narrow))
         token = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, wide))
-        page, offset, is_live = cache.find(page_begin, token, lowest, highest)
+        page, offset, is_live = cache.find(item.page_begin, token, item.lowest, item.highest)
         kv_c = as_bytes(cache.kv_c_ptr) + (
             page * cache.kv_c_stride_p + offset * cache.kv_c_stride_t
         )
         token = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, narrow))
-        page, offset, has_key = cache.find(page_begin, token, lowest, highest)
+        page, offset, has_key = cache.find(item.page_begin, token, item.lowest, item.highest)
         k_pe = as_bytes(cache.k_pe_ptr) + (
             page * cache.k_pe_stride_p + offset * cache.k_pe_stride_t
         )
         token = start + gl.arange(0, TILE, layout=flat)
-        page, offset, has_bias = cache.find(page_begin, token, lowest, highest)
+        page, offset, has_bias = cache.find(item.page_begin, token, item.lowest, item.highest)
         stage = self.claim(count)
         self.bias.index(stage).store(gl.where(has_bias, 0.0, float("-inf")))
         for chunk in gl.static_range(self.CHUNKS):
