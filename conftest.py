@@ -67,7 +67,7 @@ def taking_turns(request: pytest.FixtureRequest) -> Iterator[None]:
     if not HAS_GPU or request.node.get_closest_marker("large") is None:
         yield
         return
-    with FileLock(Path(tempfile.gettempdir()) / "mla-large-tests.lock"):
+    with FileLock(Path(tempfile.gettempdir()) / f"mla-large-tests-{os.getuid()}.lock"):
         yield
         torch.cuda.empty_cache()
 

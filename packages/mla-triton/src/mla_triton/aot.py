@@ -57,7 +57,8 @@ class DecodeCase:
     options : AttentionOptions
     has_sink, return_lse, batch_invariant : bool
     num_kv_splits : int, optional
-        1 writes the output directly, 2 and above stand for every number of splits.
+        1 writes the output directly, 2 and above stand for every number of splits; but on Hopper
+        the merge is one kernel for 2 to 4, another for 5 to 16 and another for more.
     is_persistent : bool
         Follow a work list, made here or on the device.
     is_ragged : bool

@@ -202,9 +202,11 @@ def test_graph_over_a_cache_past_4_gib(layout, num_heads, page_size):
         assert_close(out, expected, what="out", tolerance=TOLERANCES["bf16"])
 
 
-def test_batch_invariant_bits(seed):
+@pytest.mark.parametrize("num_heads", [16, 64])
+def test_batch_invariant_bits(num_heads, seed):
     """A request alone gives the bits it gives among others."""
-    case = DecodeCase("mates", (3000, 20, 900), dims=MLADims(16), page_size=64, layout="fp8_ds656")
+    dims = MLADims(num_heads)
+    case = DecodeCase("mates", (3000, 20, 900), dims=dims, page_size=64, layout="fp8_ds656")
     inputs = replace(case, seed=seed).build("cuda")
     together = run_case(inputs, plan_case(case, inputs, backend="triton", batch_invariant=True))
     count = int(inputs.kv.kv_indptr[1])

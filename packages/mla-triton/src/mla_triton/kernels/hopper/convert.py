@@ -240,6 +240,8 @@ def _convert_half(half, GROUPS: gl.constexpr):
 @gluon.jit
 def allocate_landing(tiles, ROPE_BYTES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr):
     """Initialise the barriers of bytes; a half has landed after so many arrivals."""
+    # Tiles have one dtype: fp16 holds fp8 keys, and bf16 what scales of groups multiplied.
+    gl.static_assert((tiles.rope.shape[2] == ROPE_BYTES) == (GROUPS == 0))
     STAGES: gl.constexpr = tiles.STAGES_A
     landed_a = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     landed_b = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
