@@ -48,8 +48,8 @@ HIDDEN, Q_RANK, RANK, ROPE, NOPE, VALUE = 7168, 1536, 512, 64, 128, 128
 EPS, POSITIONS, PAGE_SIZE = 1e-6, 8192, 64
 PARTS = ("prologue", "between", "epilogue")
 #: Weights, and the largest relative L2 error that storing them so explains.
-WEIGHTS = {"plain": 1.5e-2, "fp8": 8e-2, "mxfp4": 2e-1}
-BITS = {"plain": 16, "fp8": 8, "mxfp4": 4.25}
+WEIGHTS = {"plain": 1.5e-2, "fp8": 8e-2, "mxfp4": 2e-1, "nvfp4": 2e-1}
+BITS = {"plain": 16, "fp8": 8, "mxfp4": 4.25, "nvfp4": 4.5}
 HEADS = (16, 128)
 TOKENS = (1, 16, 64, 256, 4096)
 #: Hidden states of the part that does not multiply them.

@@ -33,6 +33,7 @@ from mla_fusions import (
     batched_gemm_afp4wfp4,
     batched_gemm_bf16,
     cat_and_cache_mla,
+    concat_and_cache_mla_seg,
     fused_bf16_bmm_rope_cat_and_cache_mla,
     fused_fp4_bmm_rope_cat_and_cache_mla,
     fused_fp8_bmm_rope_cat_and_cache_mla,
@@ -57,6 +58,7 @@ from mla_fusions import (
 from mla_fusions import (
     batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant as a8w8,
 )
+from mla_fusions import reshape_and_cache_with_block_quant_for_asm_pa as by_blocks
 
 KERNELS = "mla_fusions.kernels"
 
@@ -110,6 +112,18 @@ def calls():
     yield (
         "per block",
         partial(reshape_and_cache_with_block_quant, *pages, scales, scales, slots, True),
+    )
+    shuffled = (key, key, keys, torch.empty(256, 8, 1, 128, 16, dtype=fp8))
+    scales = torch.ones(16, 8)
+    yield (
+        "per 16 blocks",
+        partial(by_blocks, *shuffled, scales, scales, slots, True, 256),
+    )
+    latents, ropes = torch.empty(4096, 512, dtype=bf16), torch.empty(4096, 64, dtype=bf16)
+    segments = torch.empty(64, 64 * 576, dtype=bf16)
+    yield (
+        "segments of bf16",
+        partial(concat_and_cache_mla_seg, latents, ropes, segments, slots, "auto", torch.ones(1)),
     )
     yield from rotations()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -218,7 +220,7 @@ def test_splits_of_k(splits, seed):
     packed, scales = quant.quantize_mxfp4(w)
     y, memory = poisoned(2, 5, 48, OCP, False)
     mla_fusions.batched_gemm_a16wfp4(
-        x, packed, scales, y=y, config={**config, "NUM_KSPLIT": splits}, y_scale=scale
+        x, packed, scales, y=y, config=json.dumps({**config, "NUM_KSPLIT": splits}), y_scale=scale
     )
     expected = quant.to_fp8(gemm.batched_gemm_mxfp4(x, packed, scales).float() / 0.375)
     assert_close(y.float(), expected.float(), what="y", dtype="fp8_e4m3")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -161,7 +163,10 @@ def test_many_tokens_and_other_tiles(weights, seed, poisoned_empty):
     it = Case((2, 130, 3, 1, 32, 64, 16), weights)
     it.slots = torch.arange(133, device=DEVICE)
     it.cache = it.cache.repeat(3, 1, 1)
-    config = {"BLOCK_SIZE_N": 32, "NUM_KSPLIT": 4}
+    config = {"BLOCK_SIZE_N": 32, "NUM_KSPLIT": 4, "waves_per_eu": None, "cache_modifier": ".cg"}
+    if weights == "mxfp4":
+        # As the original serialises it.
+        config = json.dumps(sorted(config.items()))
     q_out, *_ = it.fused(config=config, q_out_dtype=FP32)
     assert_close(q_out[..., :64], it.expected(), what="absorbed", dtype="fp32")
     assert q_out.isfinite().all()
@@ -192,7 +197,8 @@ def change(**changes):
     [
         ("fp8", lambda it: {"q_out_dtype": torch.int8}, "q_out_dtype must be"),
         ("mxfp4", lambda it: {"y_scale": it.scale}, "y_scale must be None unless q_out is fp8"),
-        ("mxfp4", lambda it: {"config": "BLOCK_SIZE_N=32"}, "config must be a mapping"),
+        ("mxfp4", lambda it: {"config": "BLOCK_SIZE_N=32"}, "config must be JSON of"),
+        ("fp8", lambda it: {"config": 32}, "config must be a mapping, a string or None, got int"),
         ("bf16", lambda it: change(q_pe=it.q_pe[1:])(it), "q_pe must be"),
         ("bf16", lambda it: change(k_nope=it.k_nope[..., 1:])(it), "k_nope must be"),
         ("bf16", lambda it: change(w=(it.w[0].half(),))(it), "w_k must be bfloat16"),

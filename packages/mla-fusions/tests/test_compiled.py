@@ -55,7 +55,7 @@ def test_every_kernel_compiles_within_limits(arch):
     *results, repeated = map(json.loads, done.stdout.splitlines())
     num_products = NUM_PRODUCTS + NUM_ABSORBED
     num_norms = NUM_NORMS + NUM_NORM_WRITES + NUM_INDEXERS
-    assert len(results) == 26 + 8 + 7 + NUM_ROTATIONS + num_products + num_norms + NUM_LAYERS
+    assert len(results) == 26 + 8 + 9 + NUM_ROTATIONS + num_products + num_norms + NUM_LAYERS
     for result in results:
         print(result["case"], result["resources"])
         assert result["is_binary"], result

@@ -142,7 +142,7 @@ def test_logits_equal_eager(name, seed):
     torch.testing.assert_close(served.run(), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("weights", ["plain", "mxfp4"])
+@pytest.mark.parametrize("weights", ["plain", "mxfp4", "nvfp4"])
 def test_bf16_is_near_eager(weights, seed):
     fused, eager = build("v3-yarn", seed, torch.bfloat16, weights=weights)
     served = Served(fused, "bf16")

@@ -230,7 +230,7 @@ def test_fp8_cache(max_joined_tokens, seed, poisoned_empty):
     assert relative_l2(actual, run_eagerly(module, inputs)) < 6e-2
 
 
-@pytest.mark.parametrize(("weights", "limit"), [("fp8", 6e-2), ("mxfp4", 2e-2)])
+@pytest.mark.parametrize(("weights", "limit"), [("fp8", 6e-2), ("mxfp4", 2e-2), ("nvfp4", 2e-2)])
 @pytest.mark.parametrize("max_joined_tokens", [MAX_JOINED_TOKENS, 0], ids=["joined", "apart"])
 def test_quantised_weights(max_joined_tokens, weights, limit, seed, poisoned_empty):
     """Against a module that has the dequantised weights."""
@@ -243,6 +243,9 @@ def test_quantised_weights(max_joined_tokens, weights, limit, seed, poisoned_emp
         if weights == "fp8":
             stored, scale = quant.quantize_per_tensor(w, fp8=fp8_of_arch(arch_of(w.device)))
             dequantised = stored.float() * scale
+        elif weights == "nvfp4":
+            factor = w.abs().amax().float() / 2688
+            dequantised = factor * quant.dequantize_nvfp4(*quant.quantize_nvfp4(w.float() / factor))
         else:
             dequantised = quant.dequantize_mxfp4(*quant.quantize_mxfp4(w))
         assert not torch.equal(dequantised.float(), w.float())
@@ -297,7 +300,7 @@ def launched(monkeypatch, call):
     return names, result
 
 
-@pytest.mark.parametrize("weights", ["plain", "fp8", "mxfp4"])
+@pytest.mark.parametrize("weights", ["plain", "fp8", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize(
     "layout",
     ["bf16", "fp8", "fp8_seg656", "fp8_ds32", "shuffled_fp8", "nvfp4_shuffled"],
@@ -452,7 +455,7 @@ def test_wrong_weights_are_refused():
         MLAPrologue.from_module(broken)
     for make in (MLAPrologue, MLAEpilogue):
         with pytest.raises(
-            LayoutError, match="weights must be one of plain, fp8, mxfp4, got 'fp6'"
+            LayoutError, match="weights must be one of plain, fp8, mxfp4, nvfp4, got 'fp6'"
         ):
             make.from_module(module, weights="fp6")
         with pytest.raises(LayoutError, match="weights='mxfp4' must be made of bfloat16"):
@@ -463,6 +466,10 @@ def test_wrong_weights_are_refused():
             make.from_module(broken_widths(module))
     with pytest.raises(LayoutError, match="a multiple of 32 elements to sum over, got 24"):
         MLAPrologue.from_module(module_of("v3", BF16, qk_nope_head_dim=24), weights="mxfp4")
+    with pytest.raises(LayoutError, match="a multiple of 16 elements to sum over, got 24"):
+        MLAPrologue.from_module(module_of("v3", BF16, qk_nope_head_dim=24), weights="nvfp4")
+    with pytest.raises(LayoutError, match="weights='nvfp4' must be made of bfloat16 or float16"):
+        MLAPrologue.from_module(module_of("v3", torch.float32), weights="nvfp4")
     dims = MLADims(1, value_includes_rope=True)
     one = torch.ones(1, 1, device=DEVICE)
     with pytest.raises(UnsupportedProblemError, match="value_includes_rope=False"):

@@ -7,6 +7,8 @@ what makes these products fast.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -71,6 +73,8 @@ class Tiles:
         return -(-blocks // per_split), per_split * self.block_k
 
 
+#: What tiles are asked for by: names and numbers, or a string of them as the original makes it.
+Config = Mapping[str, int] | str
 #: Names that the original's ``config`` has for them; its other entries are without effect.
 _CONFIG = {
     "BLOCK_SIZE_M": "block_m",
@@ -143,7 +147,7 @@ def batched_gemm_bf16(
     dtype: torch.dtype | None = torch.bfloat16,
     splitK: int | None = None,
     YQ: torch.Tensor | None = None,
-    config: Mapping[str, int] | None = None,
+    config: Config | None = None,
     transpose_bm: bool = False,
     transpose_bm_in: bool = False,
 ) -> torch.Tensor:
@@ -163,9 +167,10 @@ def batched_gemm_bf16(
         Programs that share the K of one tile; by default more than one if there are few tiles.
     YQ : [B, M, N], or [M, B, N] with ``transpose_bm``; last dim contiguous, optional
         Written and returned.
-    config : mapping, optional
+    config : mapping or str, optional
         Any of BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, NUM_KSPLIT, num_warps and num_stages;
-        other entries are without effect.
+        other entries are without effect. A string is JSON, of such an object or of its pairs, which
+        is aiter's serialised form.
     transpose_bm, transpose_bm_in : bool
         As said of ``YQ`` and ``XQ``; the original does not have them.
 
@@ -199,7 +204,7 @@ def batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant(
     YQ: torch.Tensor | None = None,
     transpose_bm: bool = False,
     transpose_bm_in: bool = False,
-    config: Mapping[str, int] | None = None,
+    config: Config | None = None,
 ) -> torch.Tensor:
     """Quantise activations to fp8 for each token and group, and multiply with fp8 weights.
 
@@ -243,7 +248,7 @@ def batched_gemm_a16wfp4(
     w_scales: torch.Tensor,
     dtype: torch.dtype | None = torch.bfloat16,
     y: torch.Tensor | None = None,
-    config: Mapping[str, int] | None = None,
+    config: Config | None = None,
     transpose_bm: bool = False,
     prequant: bool = True,
     y_scale: torch.Tensor | None = None,
@@ -299,7 +304,7 @@ def batched_gemm_afp4wfp4(
     w_scales: torch.Tensor,
     dtype: torch.dtype | None = torch.bfloat16,
     y: torch.Tensor | None = None,
-    config: Mapping[str, int] | None = None,
+    config: Config | None = None,
     transpose_bm: bool = False,
     transpose_bm_in: bool = False,
 ) -> torch.Tensor:
@@ -348,7 +353,7 @@ def batched_gemm_afp4wfp4_pre_quant(
     w_scales: torch.Tensor,
     dtype: torch.dtype | None = torch.bfloat16,
     y: torch.Tensor | None = None,
-    config: Mapping[str, int] | None = None,
+    config: Config | None = None,
 ) -> torch.Tensor:
     """Call `batched_gemm_a16wfp4` under the older of its names in ROCm/aiter."""
     return batched_gemm_a16wfp4(x, w, w_scales, dtype, y, config)
@@ -361,7 +366,7 @@ def batched_gemm_a16wnvfp4(
     w_scales: torch.Tensor,
     dtype: torch.dtype | None = torch.bfloat16,
     y: torch.Tensor | None = None,
-    config: Mapping[str, int] | None = None,
+    config: Config | None = None,
     transpose_bm: bool = False,
     w_global_scale: torch.Tensor | None = None,
     transpose_bm_in: bool = False,
@@ -530,7 +535,7 @@ class Product:
         dtype: torch.dtype | None,
         y: torch.Tensor | None,
         transpose_out: bool,
-        config: Mapping[str, int] | None,
+        config: Config | None,
         splits: int | None,
         *,
         takes_fp8: bool = False,
@@ -558,7 +563,7 @@ class Product:
             self._launch(bias, y.transpose(0, 1) if transpose_out else y, tiles)
         return y
 
-    def tiles(self, config: Mapping[str, int] | None, splits: int | None) -> Tiles:
+    def tiles(self, config: Config | None, splits: int | None) -> Tiles:
         """Return how to cut the product up, as far as the caller does not say."""
         tiles = choose_tiles(
             self.x.shape[0],
@@ -681,7 +686,7 @@ def _strides(scales: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def _configured(
-    op: str, tiles: Tiles, config: Mapping[str, int] | None, splits: int | None, *, fixed_k: bool
+    op: str, tiles: Tiles, config: Config | None, splits: int | None, *, fixed_k: bool
 ) -> Tiles:
     """Return tiles with what the caller wants instead.
 
@@ -689,6 +694,12 @@ def _configured(
     ------
     LayoutError
     """
+    if isinstance(config, str):
+        config = _parsed(op, config)
+    if config is not None and not isinstance(config, Mapping):
+        raise LayoutError(
+            f"{op}: config must be a mapping, a string or None, got {type(config).__name__}"
+        )
     wanted = {_CONFIG[name]: value for name, value in (config or {}).items() if name in _CONFIG}
     if fixed_k:
         wanted.pop("block_k", None)
@@ -704,3 +715,19 @@ def _configured(
         if wanted.get(name, 1) < 1:
             raise LayoutError(f"{op}: {name} must be at least 1, got {wanted[name]}")
     return replace(tiles, **wanted) if wanted else tiles
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(op: str, config: str) -> Mapping[str, int]:
+    """Return a serialised config.
+
+    Raises
+    ------
+    LayoutError
+    """
+    try:
+        return dict(json.loads(config))
+    except (TypeError, ValueError) as exc:
+        raise LayoutError(
+            f"{op}: config must be JSON of names and numbers or of pairs of them, got {config!r}"
+        ) from exc

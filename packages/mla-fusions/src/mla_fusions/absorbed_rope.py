@@ -6,8 +6,6 @@ and writes the keys: what lies between a layer's projections and its attention.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from mla_core.arch import arch_of
@@ -18,6 +16,7 @@ from mla_fusions import rows
 from mla_fusions.absorbed import (
     FLOATING,
     FP8_OF,
+    Config,
     Product,
     product_of_fp8,
     product_of_halves,
@@ -47,7 +46,7 @@ def fused_fp8_bmm_rope_cat_and_cache_mla(
     sin: torch.Tensor,
     group_size: int = 128,
     transpose_bm: bool = True,
-    config: Mapping[str, int] | None = None,
+    config: Config | None = None,
     k_scale: torch.Tensor | float | None = None,
     is_neox: bool = False,
     q_out_dtype: torch.dtype | None = torch.bfloat16,
@@ -79,7 +78,7 @@ def fused_fp8_bmm_rope_cat_and_cache_mla(
         A power of two, at least 32.
     transpose_bm : bool
         Whether ``q_out`` is [B, h, c + r], and not [h, B, c + r].
-    config : mapping, optional
+    config : mapping or str, optional
         As in `batched_gemm_bf16`; K is not split.
     k_scale : fp32, one element, or None
         Keys are divided by it before they are stored. A number is copied to the device in each
@@ -106,7 +105,8 @@ def fused_fp8_bmm_rope_cat_and_cache_mla(
 
     Notes
     -----
-    One launch. Differences from aiter: any architecture; zeros are right for any number of tokens;
+    One launch. Differences from aiter: any architecture; the fourth result is the zeros, which its
+    code returns too, though its docstring says the cache; zeros are right for any number of tokens;
     rotates in fp32 and rounds once; divides by scales; fp8 saturates; ``k_pe_out`` is written for
     tokens without a slot too; any number of key heads; 64-bit addresses.
     """
@@ -135,7 +135,7 @@ def fused_fp4_bmm_rope_cat_and_cache_mla(
     transpose_bm: bool = True,
     prequant: bool = True,
     y_scale: torch.Tensor | None = None,
-    config: Mapping[str, int] | None = None,
+    config: Config | None = None,
     k_scale: torch.Tensor | float | None = None,
     is_neox: bool = False,
     q_out_dtype: torch.dtype | None = None,
@@ -156,11 +156,11 @@ def fused_fp4_bmm_rope_cat_and_cache_mla(
     y : Tensor, optional
         Without effect, as in the original.
     prequant : bool
-        Whether ``q_nope`` is quantised to MXFP4.
+        Whether ``q_nope`` is quantised to MXFP4; aiter refuses False.
     y_scale : fp32, one element, optional
         An fp8 ``q_out`` is divided by it, in both parts; other dtypes are refused with it.
-    config : mapping, optional
-        As in `batched_gemm_bf16`; K is not split. aiter's serialised form is refused.
+    config : mapping or str, optional
+        As in `batched_gemm_bf16`; K is not split.
 
     Returns
     -------
@@ -194,7 +194,7 @@ def fused_bf16_bmm_rope_cat_and_cache_mla(
     cos: torch.Tensor,
     sin: torch.Tensor,
     transpose_bm: bool = True,
-    config: Mapping[str, int] | None = None,
+    config: Config | None = None,
     k_scale: torch.Tensor | float | None = None,
     is_neox: bool = False,
     q_out_dtype: torch.dtype | None = torch.bfloat16,
@@ -241,7 +241,7 @@ def fused_nvfp4_bmm_rope_cat_and_cache_mla(
     sin: torch.Tensor,
     w_k_global_scale: torch.Tensor | None = None,
     transpose_bm: bool = True,
-    config: Mapping[str, int] | None = None,
+    config: Config | None = None,
     k_scale: torch.Tensor | float | None = None,
     is_neox: bool = False,
     q_out_dtype: torch.dtype | None = torch.bfloat16,
@@ -289,7 +289,7 @@ def _fused(
     cos: torch.Tensor,
     sin: torch.Tensor,
     transpose_bm: bool,
-    config: Mapping[str, int] | None,
+    config: Config | None,
     k_scale: torch.Tensor | float | None,
     is_neox: bool,
     q_out_dtype: torch.dtype | None,
@@ -303,8 +303,6 @@ def _fused(
     check_tensor(op, "q_pe", q_pe, shape=(tokens, heads, "r"), dtypes=FLOATING, device=device)
     shape: tuple[int | str, ...] = ("keys", "kh", n)
     check_tensor(op, "k_nope", k_nope, shape=shape, dtypes=FLOATING, device=device)
-    if config is not None and not isinstance(config, Mapping):
-        raise LayoutError(f"{op}: config must be a mapping or None, got {type(config).__name__}")
     dtype = torch.bfloat16 if q_out_dtype is None else q_out_dtype
     if dtype not in (*FLOATING, *FP8_OF):
         accepted = " or ".join(map(str, (*FLOATING, *FP8_OF)))
@@ -349,7 +347,7 @@ def join(
     turn: Rotation,
     queries: Queries,
     keys: Keys,
-    config: Mapping[str, int] | None = None,
+    config: Config | None = None,
 ) -> None:
     """Launch what `rotate_and_write` does together with a product; all but ``config`` was checked.
 
@@ -357,7 +355,7 @@ def join(
     ----------
     y : [heads, tokens, N], bf16, fp16, fp32 or fp8
         Where the product goes, which ``queries`` leave.
-    config : mapping, optional
+    config : mapping or str, optional
         As in `batched_gemm_bf16`; K is not split.
 
     Raises

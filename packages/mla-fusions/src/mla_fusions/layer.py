@@ -29,7 +29,13 @@ from mla_core.dims import MLADims
 from mla_core.dtypes import fp8_of_arch, torch_dtype
 from mla_core.errors import LayoutError, UnsupportedProblemError
 from mla_core.reference import quant
-from mla_fusions.absorbed import Product, product_of_fp8, product_of_halves, product_of_mxfp4
+from mla_fusions.absorbed import (
+    Product,
+    product_of_fp8,
+    product_of_halves,
+    product_of_mxfp4,
+    product_of_nvfp4,
+)
 from mla_fusions.absorbed_rope import join
 from mla_fusions.compiling import uncompiled
 from mla_fusions.norms import fused_qk_rmsnorm
@@ -38,7 +44,7 @@ from mla_fusions.rotation import rotate_and_write
 from mla_fusions.rows import require_kernel
 
 #: How W_UK and W_UV are stored: as they are given, or quantised when the layer is made.
-Weights = Literal["plain", "fp8", "mxfp4"]
+Weights = Literal["plain", "fp8", "mxfp4", "nvfp4"]
 
 #: Tokens up to which a prologue absorbs W_UK, rotates and writes in one launch. Few tokens leave
 #: multiprocessors idle that the rotation fills; with many, it runs with the registers and the
@@ -48,11 +54,15 @@ MAX_JOINED_TOKENS = 128
 
 #: Stride of what torch multiplies: with one of 2**30, it has read elsewhere on a GPU.
 _FARTHEST_ROWS = 2**23
-_WEIGHTS = ("plain", "fp8", "mxfp4")
+_WEIGHTS = ("plain", "fp8", "mxfp4", "nvfp4")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HALF = (torch.bfloat16, torch.float16)
 _FP8_GROUP = 128
-_MXFP4_GROUP = 32
+#: Elements with one scale, and dtypes of activations, of weights in four bits.
+_FP4_GROUP: dict[Weights, int] = {"mxfp4": 32, "nvfp4": 16}
+_FP4_DTYPES: dict[Weights, tuple[torch.dtype, ...]] = {"mxfp4": (torch.bfloat16,), "nvfp4": _HALF}
+#: The largest number of NVFP4 before the scale for all of it.
+_NVFP4_MAX = 448 * 6.0
 #: Attributes that are dims, in their order.
 _NUMBERS = (
     "num_heads",
@@ -87,10 +97,11 @@ class MLAPrologue:
     is_neox : bool
         How RoPE pairs elements: True ``i`` with ``i + r / 2`` (half split), False ``2 i`` with
         ``2 i + 1`` (adjacent, GPT-J, DeepSeek). Elements stay at their places.
-    weights : "plain", "fp8" or "mxfp4"
+    weights : "plain", "fp8", "mxfp4" or "nvfp4"
         How W_UK is stored. "fp8" has one scale for all, of the flavour of the device, and
         activations are quantised for each token and 128 elements; "mxfp4" needs bf16, which the
-        activations stay in, and ``qk_nope_head_dim`` a multiple of 32.
+        activations stay in, and ``qk_nope_head_dim`` a multiple of 32; "nvfp4" bf16 or fp16 and a
+        multiple of 16, and has a scale for all besides.
     max_joined_tokens : int
         Calls with more tokens multiply in one launch and rotate and write in another; see
         `MLAPrologue.joins`.
@@ -194,7 +205,7 @@ class MLAPrologue:
             ``weight`` and may have a ``bias``, norms a ``weight`` and ``variance_epsilon``.
         is_neox : bool, optional
             By default the opposite of ``module.config.rope_interleave``, and False without that.
-        weights : "plain", "fp8" or "mxfp4"
+        weights : "plain", "fp8", "mxfp4" or "nvfp4"
         max_joined_tokens : int
 
         Raises
@@ -381,7 +392,7 @@ class MLAEpilogue:
         Its W_UV is used where it is, unless it is quantised.
     o_proj : [hidden, h * v_head_dim], like ``kv_b_proj``, optional
     o_bias : [hidden], like ``kv_b_proj``, optional
-    weights : "plain", "fp8" or "mxfp4"
+    weights : "plain", "fp8", "mxfp4" or "nvfp4"
         How W_UV is stored, as in `MLAPrologue`.
 
     Raises
@@ -427,7 +438,7 @@ class MLAEpilogue:
         module : as in `MLAPrologue.from_module`, with ``kv_b_proj`` and ``o_proj``
         with_o_proj : bool
             Whether ``o_proj`` is applied too.
-        weights : "plain", "fp8" or "mxfp4"
+        weights : "plain", "fp8", "mxfp4" or "nvfp4"
 
         Raises
         ------
@@ -487,10 +498,12 @@ class _Absorbed:
 
     Parameters
     ----------
-    weight : [h, n, k], or [h, n, k / 2] for MXFP4
+    weight : [h, n, k], or [h, n, k / 2] for MXFP4 and NVFP4
     scales : of the whole weight, or of each group, or None
     dtype, device
         Of activations.
+    factor : fp32 [1], or None
+        Of the whole weight, besides ``scales``.
     """
 
     weight: torch.Tensor
@@ -498,6 +511,7 @@ class _Absorbed:
     kind: Weights
     dtype: torch.dtype
     device: torch.device
+    factor: torch.Tensor | None = None
 
     @classmethod
     def of(cls, op: str, weight: torch.Tensor, kind: Weights) -> _Absorbed:
@@ -516,15 +530,22 @@ class _Absorbed:
             fp8 = fp8_of_arch(arch_of(device))
             stored, scale = quant.quantize_per_tensor(weight, fp8=fp8)
             return cls(stored, scale.reshape(1), kind, dtype, device)
-        if dtype != torch.bfloat16:
-            raise LayoutError(f"{op}: weights='mxfp4' must be made of bfloat16, got {dtype}")
-        if weight.shape[2] % _MXFP4_GROUP:
+        if dtype not in _FP4_DTYPES[kind]:
+            accepted = " or ".join(str(each).removeprefix("torch.") for each in _FP4_DTYPES[kind])
+            raise LayoutError(f"{op}: weights={kind!r} must be made of {accepted}, got {dtype}")
+        if weight.shape[2] % _FP4_GROUP[kind]:
             raise LayoutError(
-                f"{op}: weights='mxfp4' must have a multiple of {_MXFP4_GROUP} elements to sum "
-                f"over, got {weight.shape[2]}"
+                f"{op}: weights={kind!r} must have a multiple of {_FP4_GROUP[kind]} elements to "
+                f"sum over, got {weight.shape[2]}"
             )
-        packed, scales = quant.quantize_mxfp4(weight.contiguous())
-        return cls(packed, scales, kind, dtype, device)
+        if kind == "mxfp4":
+            packed, scales = quant.quantize_mxfp4(weight.contiguous())
+            return cls(packed, scales, kind, dtype, device)
+        # Scales of groups are fp8, so that one for all brings them into its range.
+        largest = weight.abs().amax().float()
+        factor = torch.where(largest > 0, largest / _NVFP4_MAX, 1.0).reshape(1)
+        packed, scales = quant.quantize_nvfp4(weight.float() / factor)
+        return cls(packed, scales, kind, dtype, device, factor)
 
     @property
     def has_kernel(self) -> bool:
@@ -541,6 +562,16 @@ class _Absorbed:
         if self.kind == "fp8":
             return product_of_fp8(
                 op, names, x, self.weight, self.scales, _FP8_GROUP, is_turned=True
+            )
+        if self.kind == "nvfp4":
+            return product_of_nvfp4(
+                op,
+                (*names, "w_factor"),
+                x,
+                self.weight,
+                self.scales,
+                self.factor,
+                is_turned=True,
             )
         return product_of_mxfp4(
             op, names, x, self.weight, self.scales, is_quantised=False, is_turned=True

@@ -32,7 +32,7 @@ def fuse(model: PreTrainedModel, *, weights: Weights = "plain") -> None:
     Parameters
     ----------
     model : a DeepSeek-V2 or DeepSeek-V3 model
-    weights : "plain", "fp8" or "mxfp4"
+    weights : "plain", "fp8", "mxfp4" or "nvfp4"
         How W_UK and W_UV are stored; see `mla_fusions.MLAPrologue`.
 
     Raises
@@ -62,7 +62,7 @@ class FusedAttention:
     ----------
     module : DeepseekV2Attention or DeepseekV3Attention
     rotations : shared by the layers of a model
-    weights : "plain", "fp8" or "mxfp4"
+    weights : "plain", "fp8", "mxfp4" or "nvfp4"
     """
 
     def __init__(self, module: Any, rotations: _Rotations, weights: Weights) -> None:
