@@ -393,6 +393,7 @@ def check(arch):
                 "excess": resources.excess(arch),
                 "resources": asdict(resources),
                 "tangled": tangled(asm.get("ptx", "")),
+                "is_scaled": "mfma_scale" in asm.get("amdgcn", ""),
                 "is_binary": (asm.get("cubin") or asm["hsaco"])[:4] == b"\x7fELF",
             }
             print(json.dumps(result), flush=True)
