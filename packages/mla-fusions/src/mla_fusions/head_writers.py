@@ -411,10 +411,17 @@ def flash_fields(
         shape = (caches[0].shape[0], page_size, key.shape[1], part.shape[2])
         dtypes = (cache.dtype,)
         check_tensor(op, f"{name}_cache", cache, shape=shape, dtypes=dtypes, device=key.device)
-        size = cache.element_size()
-        tokens, elems = Digit(page_size, cache.stride(1) * size), Digit(part.shape[2], size)
-        fields.append(Field(name, codec.dtype, 0, 0, (tokens,), (elems,)))
+        fields.append(field_of_rows(name, codec, cache, page_size, part.shape[2]))
     return fields[0], fields[1]
+
+
+def field_of_rows(
+    name: str, codec: Codec, cache: torch.Tensor, page_size: int, width: int, token_dim: int = 1
+) -> Field:
+    """Return where whole rows lie in a head of a page; ``token_dim`` is the dimension of tokens."""
+    size = cache.element_size()
+    tokens, elems = Digit(page_size, cache.stride(token_dim) * size), Digit(width, size)
+    return Field(name, codec.dtype, 0, 0, (tokens,), (elems,))
 
 
 def lane_fields(

@@ -11,7 +11,6 @@ from mla_core.arch import arch_of
 from mla_core.checks import check_tensor
 from mla_core.dtypes import dtype_name
 from mla_core.errors import LayoutError
-from mla_core.layouts import Digit, Field
 from mla_core.layouts.codecs import Cast
 from mla_fusions import head_writers
 from mla_fusions.compiling import uncompiled
@@ -149,11 +148,10 @@ def _join(op: str, query: Pair, key: Pair, turn: Rotation) -> tuple[torch.Tensor
     key_heads, width = key[1].shape[1:]
     q_out = query[0].new_empty(num_tokens, heads, rank + width)
     k_out = query[0].new_empty(num_tokens, key_heads, rank + width)
-    codec, size = Cast(dtype_name(k_out.dtype)), k_out.element_size()
+    codec = Cast(dtype_name(k_out.dtype))
     fields, targets = [], []
     for name, part, out in zip(("k1", "k2"), key, k_out.split([rank, width], -1), strict=True):
-        token, elems = Digit(1, out.stride(0) * size), Digit(part.shape[2], size)
-        fields.append(Field(name, codec.dtype, 0, 0, (token,), (elems,)))
+        fields.append(head_writers.field_of_rows(name, codec, out, 1, part.shape[2], token_dim=0))
         targets.append(head_writers.target_of(part, out, None, None, 1))
     spec = head_writers.spec_of(codec, arch_of(q_out.device), (fields[0], fields[1]), False)
     queries = queries_of(op, *query, q_out, None)

@@ -17,7 +17,6 @@ from mla_core.checks import check_tensor
 from mla_core.dims import MLADims
 from mla_core.dtypes import dtype_name
 from mla_core.errors import LayoutError
-from mla_core.layouts import Digit, Field
 from mla_core.layouts.codecs import Cast, Codec, PerTensor
 from mla_fusions import head_writers, rows
 from mla_fusions.compiling import uncompiled
@@ -442,9 +441,7 @@ def _concat_and_cache(
     fields, targets = [], []
     for name, part, each in (("kv_c", kv_c, stored[0]), ("k_pe", k_pe, stored[1])):
         out = each.view(torch.uint8) if isinstance(codec, PerTensor) else each
-        size = out.element_size()
-        tokens, elems = Digit(page_size, out.stride(1) * size), Digit(part.shape[2], size)
-        fields.append(Field(name, codec.dtype, 0, 0, (tokens,), (elems,)))
+        fields.append(head_writers.field_of_rows(name, codec, out, page_size, part.shape[2]))
         targets.append(head_writers.target_of(part[: slots.shape[0]], out, None, factor, 2))
     spec = head_writers.spec_of(codec, arch_of(kv_c.device), (fields[0], fields[1]), False)
     if factor is None:

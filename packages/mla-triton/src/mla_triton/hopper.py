@@ -80,10 +80,11 @@ def make_schedule(
     num_rows = dims.num_heads * (1 if is_invariant else request.max_seqlen_q)
     is_packed = request.problem.kv_dtype in FP8_DTYPES
     tile_rows = rows_of_a_program(num_rows, is_packed)
+    kind = _kind(is_packed, tile_rows)
     row_blocks = max(1, -(-dims.num_heads * request.max_seqlen_q // tile_rows))
     because = "shares were passed"
     if shares is None:
-        shares, because = deal(request, tile_rows, row_blocks, multiprocessors)
+        shares, because = deal(request, kind, tile_rows, row_blocks, multiprocessors)
     notes = request.batch_size if shares.runs else shares.num_workers
     workspace: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"note": ((notes, 4), torch.int32)}
     if shares.has_merge:
@@ -91,7 +92,7 @@ def make_schedule(
         workspace["partial_out"] = ((*rows, dims.kv_lora_rank), torch.float32)
         workspace["partial_lse"] = (rows, torch.float32)
     return Schedule(
-        kernel=f"hopper_{_kind(is_packed, tile_rows)}",
+        kernel=f"hopper_{kind}",
         num_kv_splits=shares.runs or most_pieces(request, shares.num_workers),
         because=because,
         config={
@@ -130,7 +131,7 @@ def _kind(is_packed: bool, tile_rows: int) -> str:
 
 
 def deal(
-    request: PlanRequest, tile_rows: int, row_blocks: int, multiprocessors: int
+    request: PlanRequest, kind: str, tile_rows: int, row_blocks: int, multiprocessors: int
 ) -> tuple[Shares, str]:
     """Return the shares with the least estimated time, and why."""
     batch_size = max(request.batch_size, 1)
@@ -141,7 +142,7 @@ def deal(
         workers = batch_size * INVARIANT_SPLITS
         return Shares(workers, INVARIANT_SPLITS, INVARIANT_TILES), "fixed by batch_invariant"
     because = f"{batch_size} x {row_blocks} programs on {multiprocessors} multiprocessors"
-    if request.problem.kv_dtype in FP8_DTYPES and tile_rows == PACKED:
+    if kind == "packed":
         multiprocessors *= 2
         because += ", two on each"
     groups = max(1, multiprocessors // row_blocks)
@@ -322,6 +323,7 @@ def _prepare(
     pe_unit = k_pe.itemsize if is_packed else 1
     kv_c_desc, k_pe_desc, page_rows, pe_rows = _descriptors(kv_c, k_pe)
     tile_rows, rank = config["M"], plan.dims.kv_lora_rank
+    kind = _kind(is_packed, tile_rows)
     is_empty = not request.batch_size or not request.max_seqlen_q or not out.numel()
     out_strides = out.stride()[:2]
     lse_strides = (0, 0) if lse is None else lse.stride()[:2]
@@ -364,7 +366,7 @@ def _prepare(
         constants=shared
         | {
             # Two programs on a multiprocessor: launched early, they would be spread unevenly.
-            "launch_pdl": not is_packed or tile_rows == WIDE,
+            "launch_pdl": kind != "packed",
             "R": plan.dims.qk_rope_head_dim,
             "PAGE_SIZE": kv.page_size,
             "IS_CAUSAL": options.causal,
@@ -375,7 +377,7 @@ def _prepare(
             "HAS_KV_SCALE": kv_scale is not None and not num_groups,
             "HAS_Q_SCALE": request.problem.q_dtype in FP8_DTYPES,
         }
-        | _launch(tile_rows, rank, is_packed),
+        | _launch(kind, tile_rows, rank),
         merge_kernel=merge_kernel,
         merge_grid=(merge_rows, plan.workspace["note"].shape[0]) if has_merge else (),
         merge_numbers=(plan.dims.num_heads, config["row_blocks"], *out_strides, *lse_strides),
@@ -384,12 +386,12 @@ def _prepare(
     )
 
 
-def _launch(tile_rows: int, kv_lora_rank: int, is_packed: bool) -> dict[str, int]:
+def _launch(kind: str, tile_rows: int, kv_lora_rank: int) -> dict[str, int]:
     """Return stages that fit shared memory, and registers of the warp roles.
 
     227 KiB are one program's, 113 KiB if two share a multiprocessor.
     """
-    if is_packed and tile_rows == WIDE:
+    if kind == "converted":
         stages = 2 if kv_lora_rank > 256 else 4
         return {
             "STAGES_A": stages,
@@ -399,7 +401,7 @@ def _launch(tile_rows: int, kv_lora_rank: int, is_packed: bool) -> dict[str, int
             "RIGHT_REGISTERS": 168,
             "num_warps": 4,
         }
-    if is_packed:
+    if kind == "packed":
         return {
             "STAGES_A": 2 if kv_lora_rank > 256 else 4,
             "STAGES_B": 0,
@@ -409,7 +411,7 @@ def _launch(tile_rows: int, kv_lora_rank: int, is_packed: bool) -> dict[str, int
             "num_warps": 4,
             "maxnreg": 128,
         }
-    is_wide = tile_rows == WIDE
+    is_wide = kind == "wide"
     stages_a, stages_b = (3, 2) if tile_rows <= 8 else (2, 2)
     if kv_lora_rank <= 256 and not is_wide:
         stages_a, stages_b = 3, 3

@@ -64,6 +64,15 @@ class Rows:
         self.nope = nope
         self.rope = rope
 
+    @gluon.jit
+    def find(self, q_begin, q_len, row):
+        """Return pointers to both parts of rows of a request, and which rows exist."""
+        token = (q_begin + row // self.num_heads).to(gl.int64)
+        head = (row % self.num_heads).to(gl.int64)
+        nope = self.ql_nope_ptr + (token * self.ql_nope_stride_t + head * self.ql_nope_stride_h)
+        rope = self.q_pe_ptr + (token * self.q_pe_stride_t + head * self.q_pe_stride_h)
+        return nope, rope, row < q_len * self.num_heads
+
 
 @aggregate
 class Cache:
@@ -310,11 +319,8 @@ def load_rows(rows, q_begin, q_len, first_row, M: gl.constexpr, D: gl.constexpr,
     row = first_row + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
     d = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
     r = gl.arange(0, R, layout=gl.SliceLayout(0, layout))
-    token = (q_begin + row // rows.num_heads).to(gl.int64)
-    head = (row % rows.num_heads).to(gl.int64)
-    nope = rows.ql_nope_ptr + (token * rows.ql_nope_stride_t + head * rows.ql_nope_stride_h)
-    rope = rows.q_pe_ptr + (token * rows.q_pe_stride_t + head * rows.q_pe_stride_h)
-    is_row = (row < q_len * rows.num_heads)[:, None]
+    nope, rope, is_row = rows.find(q_begin, q_len, row)
+    is_row = is_row[:, None]
     barrier()  # every warp is done with the rows before
     for half in gl.static_range(2):
         source = nope[:, None] + (d + half * HALF)[None, :]

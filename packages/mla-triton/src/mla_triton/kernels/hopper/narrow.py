@@ -15,10 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mla_triton.kernels.hopper._gluon import barrier
-from mla_triton.kernels.hopper.load import (
-    TILE,
-    load_rows,
-)
+from mla_triton.kernels.hopper.load import TILE, load_rows
 from mla_triton.kernels.hopper.schedule import deal, next_item, view_of
 from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, scale_scores
 

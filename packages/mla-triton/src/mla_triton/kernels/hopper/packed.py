@@ -31,7 +31,7 @@ from mla_triton.kernels.hopper._gluon import (
     tma_load,
 )
 from mla_triton.kernels.hopper.load import TILE
-from mla_triton.kernels.hopper.queries import find_rows, largest_of, load_columns, powers_of
+from mla_triton.kernels.hopper.queries import largest_of, load_columns, powers_of
 from mla_triton.kernels.hopper.schedule import deal, next_item, view_of
 from mla_triton.kernels.hopper.score import finish_rows, finite_or_zero, hide, scale_scores
 
@@ -274,7 +274,7 @@ def _load_packed_rows(rows, q_begin, q_len, first_row):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     CHUNKS: gl.constexpr = rows.nope.shape[0] // 2
     row = first_row + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
-    nope, rope, is_row = find_rows(rows, q_begin, q_len, row)
+    nope, rope, is_row = rows.find(q_begin, q_len, row)
     q_pe = load_columns(rope, 0, is_row, R, layout)
     latent = ()
     for chunk in gl.static_range(CHUNKS):

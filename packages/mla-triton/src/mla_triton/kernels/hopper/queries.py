@@ -8,16 +8,6 @@ from mla_triton.kernels.hopper._gluon import barrier
 
 
 @gluon.jit
-def find_rows(rows, q_begin, q_len, row):
-    """Return pointers to the latent and rotary parts of query rows, and which rows exist."""
-    token = (q_begin + row // rows.num_heads).to(gl.int64)
-    head = (row % rows.num_heads).to(gl.int64)
-    nope = rows.ql_nope_ptr + (token * rows.ql_nope_stride_t + head * rows.ql_nope_stride_h)
-    rope = rows.q_pe_ptr + (token * rows.q_pe_stride_t + head * rows.q_pe_stride_h)
-    return nope, rope, row < q_len * rows.num_heads
-
-
-@gluon.jit
 def load_columns(ptr, column, is_row, WIDTH: gl.constexpr, layout: gl.constexpr):
     """Return columns of rows [rows, WIDTH], zeros where there is no row."""
     d = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
@@ -56,7 +46,7 @@ def load_converted_rows(rows, q_begin, q_len, first_row):
     dtype: gl.constexpr = rows.nope.dtype
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     row = first_row + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
-    nope, rope, is_row = find_rows(rows, q_begin, q_len, row)
+    nope, rope, is_row = rows.find(q_begin, q_len, row)
     q_pe = load_columns(rope, 0, is_row, R, layout)
     factor = gl.full([M], 1.0, gl.float32, gl.SliceLayout(1, layout))
     divisor = factor
